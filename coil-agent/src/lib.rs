@@ -1,0 +1,3 @@
+//! The Coil node agent (`coild`), the CNI plugin (`coil`) and the egress gateway (`coil-egress`).
+
+pub mod desired;

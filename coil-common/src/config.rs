@@ -1,0 +1,38 @@
+//! Constants of a loaded program: set once before load, read-only to the datapath.
+
+use bytemuck::{Pod, Zeroable};
+
+use crate::pod::shared;
+
+/// Name of the read-only variable that holds the [`Config`].
+pub const CONFIG: &str = "CONFIG";
+
+/// What the programs of one object are configured with.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+pub struct Config {
+    /// Source of ICMP errors to pods: the node's IPv4 address (node), or the pod's own (gateway).
+    /// All zero: errors are sent with the destination of the packet that they are about.
+    pub ipv4: [u8; 4],
+    /// The same for IPv6. In a gateway `ipv4` and `ipv6` are also the addresses that it translates to.
+    pub ipv6: [u8; 16],
+    /// UDP port of FOU, big endian.
+    pub fou_port: [u8; 2],
+    /// First port or identifier that NAT may use, native endian.
+    pub nat_port_first: u16,
+    /// Last port or identifier that NAT may use, native endian.
+    pub nat_port_last: u16,
+    /// Ports inside the range that NAT never uses, native endian, 0 for none.
+    pub nat_port_excluded: [u16; 5],
+    /// Largest IP packet in bytes that may leave a gateway, outer headers included.
+    pub mtu: u32,
+    /// `CONFIG_*` bits.
+    pub flags: u32,
+    /// Makes hashes of this boot unpredictable.
+    pub seed: u32,
+}
+
+/// [`Config::flags`]: a gateway derives the outer source port of replies from the flow.
+pub const CONFIG_SOURCE_PORT_AUTO: u32 = 1 << 0;
+
+shared! { Config = 48 }

@@ -1,0 +1,100 @@
+//! Names and capacities of programs, maps and pins.
+
+/// Program at the ingress of a pod's host-side interface.
+pub const PROGRAM_FROM_POD: &str = "from_pod";
+/// Program at the egress of a pod's host-side interface.
+pub const PROGRAM_TO_POD: &str = "to_pod";
+/// Program at the ingress of `eth0` in an egress pod.
+pub const PROGRAM_GATEWAY: &str = "gateway";
+
+/// Pods of this node by index of the host-side interface: `u32` to `PodValue`.
+pub const MAP_PODS: &str = "pods";
+/// Policy by set and IPv4 destination: LPM `PolicyKey4` to `PolicyValue`.
+pub const MAP_POLICY_V4: &str = "policy_v4";
+/// Policy by set and IPv6 destination: LPM `PolicyKey6` to `PolicyValue`.
+pub const MAP_POLICY_V6: &str = "policy_v6";
+/// Array of `EgressValue`.
+pub const MAP_EGRESSES: &str = "egresses";
+/// Array of `EgressNameValue`, index: id of the Egress.
+pub const MAP_EGRESS_NAMES: &str = "egress_names";
+/// Per-CPU array of `Counter`; index: [`egress_stat`](crate::stats::egress_stat).
+pub const MAP_EGRESS_STATS: &str = "egress_stats";
+/// Array of `GatewayValue`.
+pub const MAP_GATEWAYS: &str = "gateways";
+/// Gateways that may send to the pods of a set: `PeerKey4` to `u32`, the gateway's index.
+pub const MAP_PEERS_V4: &str = "peers_v4";
+/// Gateways that may send to the pods of a set: `PeerKey6` to `u32`, the gateway's index.
+pub const MAP_PEERS_V6: &str = "peers_v6";
+/// Egress flows of the pods of this node: `FlowKey4` to `FlowValue`.
+pub const MAP_FLOWS_V4: &str = "flows_v4";
+/// Egress flows of the pods of this node: `FlowKey6` to `FlowValue`.
+pub const MAP_FLOWS_V6: &str = "flows_v6";
+/// Clients of this gateway: `ClientKey4` to `ClientValue`.
+pub const MAP_CLIENTS_V4: &str = "clients_v4";
+/// Clients of this gateway: `ClientKey6` to `ClientValue`.
+pub const MAP_CLIENTS_V6: &str = "clients_v6";
+/// Translations from clients: `FlowKey4` to `NatValue4`.
+pub const MAP_NAT_FORWARD_V4: &str = "nat_forward_v4";
+/// Translations from clients: `FlowKey6` to `NatValue6`.
+pub const MAP_NAT_FORWARD_V6: &str = "nat_forward_v6";
+/// Translations of replies, owners of ports: `FlowKey4` to `NatValue4`.
+pub const MAP_NAT_REVERSE_V4: &str = "nat_reverse_v4";
+/// Translations of replies, owners of ports: `FlowKey6` to `NatValue6`.
+pub const MAP_NAT_REVERSE_V6: &str = "nat_reverse_v6";
+/// Per-CPU array of `Counter`, index: `GatewayStat`.
+pub const MAP_GATEWAY_STATS: &str = "gateway_stats";
+/// Per-CPU array of `Counter`, index: `DropReason`.
+pub const MAP_DROPS: &str = "drops";
+
+/// Maps of a node's programs, `drops` included.
+pub const NODE_MAPS: &[&str] = &[
+    MAP_PODS,
+    MAP_POLICY_V4,
+    MAP_POLICY_V6,
+    MAP_EGRESSES,
+    MAP_EGRESS_NAMES,
+    MAP_EGRESS_STATS,
+    MAP_GATEWAYS,
+    MAP_PEERS_V4,
+    MAP_PEERS_V6,
+    MAP_FLOWS_V4,
+    MAP_FLOWS_V6,
+    MAP_DROPS,
+];
+
+/// Maps of a gateway's program, `drops` included.
+pub const GATEWAY_MAPS: &[&str] = &[
+    MAP_CLIENTS_V4,
+    MAP_CLIENTS_V6,
+    MAP_NAT_FORWARD_V4,
+    MAP_NAT_FORWARD_V6,
+    MAP_NAT_REVERSE_V4,
+    MAP_NAT_REVERSE_V6,
+    MAP_GATEWAY_STATS,
+    MAP_DROPS,
+];
+
+/// Pods of one node.
+pub const MAX_PODS: usize = 4096;
+/// Policy entries of one node and family.
+pub const MAX_POLICIES: usize = 65_536;
+/// Egress objects that pods of one node use.
+pub const MAX_EGRESSES: usize = 1024;
+/// Gateway addresses that pods of one node use.
+pub const MAX_GATEWAYS: usize = 16_384;
+/// Pairs of policy set and gateway of one node and family.
+pub const MAX_PEERS: usize = 65_536;
+/// Egress flows of one node and family, by default.
+pub const MAX_FLOWS: usize = 524_288;
+/// Clients of one gateway and family.
+pub const MAX_CLIENTS: usize = 131_072;
+/// Translated flows of one gateway and family, by default.
+pub const MAX_NAT: usize = 524_288;
+
+/// Folder of everything pinned, by default.
+pub const PIN_ROOT: &str = "/sys/fs/bpf/coil";
+/// Folder of pinned links, below the folder of the ABI.
+pub const PIN_LINKS: &str = "links";
+/// Folder with one folder of maps and links for each egress pod, named by its UID, below the folder
+/// of the ABI.
+pub const PIN_EGRESS: &str = "egress";

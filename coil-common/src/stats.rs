@@ -1,0 +1,116 @@
+//! Indices of counters.
+
+/// Declares an enum of counter indices with a name for each.
+macro_rules! indices {
+    ($(#[$meta:meta])* $name:ident { $($(#[$vmeta:meta])* $variant:ident = $text:literal,)+ }) => {
+        $(#[$meta])*
+        #[repr(u32)]
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+        pub enum $name { $($(#[$vmeta])* $variant,)+ }
+
+        impl $name {
+            /// All of them, in the order of their indices.
+            pub const ALL: &'static [Self] = &[$(Self::$variant,)+];
+            /// How many there are.
+            pub const COUNT: usize = Self::ALL.len();
+
+            /// Name in metrics and listings.
+            #[must_use]
+            pub const fn name(self) -> &'static str {
+                match self { $(Self::$variant => $text,)+ }
+            }
+
+            /// Index in the per-CPU array.
+            #[inline(always)]
+            #[must_use]
+            pub const fn index(self) -> u32 {
+                self as u32
+            }
+        }
+    };
+}
+
+indices! {
+    /// Why a packet was dropped.
+    DropReason {
+        /// Ends inside a header.
+        Truncated = "truncated",
+        /// A header with impossible lengths or version.
+        Malformed = "malformed",
+        /// From a pod, with a source address that is not the pod's.
+        SpoofedSource = "spoofed_source",
+        /// For an egress, with an IP protocol that is not translated.
+        UnsupportedProtocol = "unsupported_protocol",
+        /// For an egress, an ICMP message that is not translated.
+        UnsupportedIcmp = "unsupported_icmp",
+        /// For an egress, a fragment.
+        Fragment = "fragment",
+        /// For an egress, with IPv6 extension headers that are not understood, or too many.
+        ExtensionHeaders = "extension_headers",
+        /// The pod's Egress is missing or invalid: fails closed.
+        EgressUnresolved = "egress_unresolved",
+        /// No gateway of the Egress is ready.
+        NoGateway = "no_gateway",
+        /// Too large for the tunnel; the sender was told by ICMP.
+        TooBig = "too_big",
+        /// The flow table of the node is full.
+        FlowTableFull = "flow_table_full",
+        /// Already a tunnel packet of the sender's, which cannot be encapsulated again.
+        AlreadyEncapsulated = "already_encapsulated",
+        /// The kernel refused to change the packet.
+        RewriteFailed = "rewrite_failed",
+        /// Tunnelled, to a client pod, from an address that is not one of its gateways.
+        UnknownGateway = "unknown_gateway",
+        /// Tunnelled, to a gateway, from an address that is not a registered client.
+        UnknownClient = "unknown_client",
+        /// Tunnelled, to a gateway, the inner source differs from the outer.
+        InnerSourceMismatch = "inner_source_mismatch",
+        /// Tunnelled, the inner destination is not the pod.
+        InnerDestinationMismatch = "inner_destination_mismatch",
+        /// A destination that no gateway may send to: loopback, link-local, multicast, its own.
+        ForbiddenDestination = "forbidden_destination",
+        /// TCP without a translation, and not a SYN.
+        NoState = "no_state",
+        /// No free port towards the destination.
+        PortsExhausted = "ports_exhausted",
+        /// The translation table is full.
+        NatTableFull = "nat_table_full",
+        /// TTL or hop limit reached zero.
+        TtlExceeded = "ttl_exceeded",
+    }
+}
+
+indices! {
+    /// What a gateway counts besides drops.
+    GatewayStat {
+        /// From clients, translated and sent on, IPv4.
+        MasqueradedV4 = "masqueraded_v4",
+        /// From clients, translated and sent on, IPv6.
+        MasqueradedV6 = "masqueraded_v6",
+        /// Replies, translated and sent back, IPv4.
+        ReplyV4 = "reply_v4",
+        /// Replies, translated and sent back, IPv6.
+        ReplyV6 = "reply_v6",
+        /// New translations, IPv4; bytes are not counted.
+        NewFlowV4 = "new_flow_v4",
+        /// New translations, IPv6; bytes are not counted.
+        NewFlowV6 = "new_flow_v6",
+    }
+}
+
+/// Direction of an egress counter, as the pod sees it.
+#[repr(u32)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Direction {
+    /// From the pod.
+    Tx = 0,
+    /// To the pod.
+    Rx = 1,
+}
+
+/// Index into `egress_stats` of an index into `egresses`.
+#[inline(always)]
+#[must_use]
+pub const fn egress_stat(egress: u32, direction: Direction) -> u32 {
+    egress * 2 + direction as u32
+}

@@ -1,0 +1,2 @@
+//! coil-ebpf
+fn main() {}

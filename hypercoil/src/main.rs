@@ -1,0 +1,2 @@
+//! hypercoil
+fn main() {}
