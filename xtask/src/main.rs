@@ -1,2 +1,75 @@
-//! xtask
-fn main() {}
+//! Every command that a person or CI runs: `cargo xtask --help`.
+
+mod check;
+mod ebpf;
+mod host;
+mod manifests;
+mod process;
+mod test;
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use clap::{CommandFactory, Parser, Subcommand};
+
+/// Builds, tests, demonstrates and measures Coil.
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask", version)]
+struct Args {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Builds the eBPF object, installing its toolchain if need be
+    BuildEbpf(ebpf::BuildEbpf),
+    /// Builds the eBPF object and the programs with it inside
+    Build(ebpf::Build),
+    /// Checks format, lints, package edges and generated files
+    Check(check::Check),
+    /// Runs every test: checks, unit, privileged and cluster tests
+    Test(test::Test),
+    /// Writes the generated manifests, or checks that they are fresh
+    Manifests(manifests::Manifests),
+    /// Prints a completion script for a shell
+    Completion {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
+}
+
+fn main() -> ExitCode {
+    host::add_system_path();
+    match run(Args::parse().command) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(command: Command) -> anyhow::Result<ExitCode> {
+    match command {
+        Command::BuildEbpf(verb) => verb.run().map(|()| ExitCode::SUCCESS),
+        Command::Build(verb) => verb.run().map(|()| ExitCode::SUCCESS),
+        Command::Check(verb) => verb.run(),
+        Command::Test(verb) => verb.run(),
+        Command::Manifests(verb) => verb.run().map(|()| ExitCode::SUCCESS),
+        Command::Completion { shell } => {
+            clap_complete::generate(shell, &mut Args::command(), "xtask", &mut std::io::stdout());
+            Ok(ExitCode::SUCCESS)
+        }
+    }
+}
+
+/// Root of the workspace.
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("xtask is a folder of the workspace")
+}
+
+/// Folder of what cargo builds.
+fn target_dir() -> PathBuf {
+    std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), PathBuf::from)
+}
