@@ -1,0 +1,269 @@
+//! The kernel's netlink through `rtnetlink`.
+
+use std::fs::File;
+use std::io;
+use std::net::IpAddr;
+use std::os::fd::AsRawFd;
+use std::path::Path;
+
+use futures::{StreamExt, TryStreamExt};
+use netlink_packet_core::{NLM_F_REQUEST, NetlinkMessage, NetlinkPayload};
+use netlink_packet_route::AddressFamily;
+use netlink_packet_route::RouteNetlinkMessage;
+use netlink_packet_route::link::{InfoKind, LinkAttribute, LinkInfo, LinkMessage};
+use netlink_packet_route::nsid::{NsidAttribute, NsidMessage};
+use netlink_packet_route::route::{RouteAddress, RouteAttribute, RouteMessage};
+use rtnetlink::Handle;
+
+use super::{Link, Netlink, NetlinkError, in_netns};
+
+/// Netlink of the name space in which it was made.
+#[derive(Clone, Debug)]
+pub struct RtNetlink {
+    handle: Handle,
+}
+
+impl RtNetlink {
+    /// Opens a socket in the current name space, served by a task of the current runtime.
+    pub fn new() -> Result<Self, NetlinkError> {
+        let (connection, handle, _) =
+            rtnetlink::new_connection().map_err(|source| NetlinkError::Request {
+                operation: "open",
+                subject: "a netlink socket".into(),
+                source,
+            })?;
+        // Ends when the last handle is gone; every request then fails, so nobody needs to await it.
+        tokio::spawn(connection);
+        Ok(Self { handle })
+    }
+
+    async fn get(&self, request: GetLink<'_>) -> Result<Option<Link>, NetlinkError> {
+        let get = self.handle.link().get();
+        let (get, subject) = match request {
+            GetLink::Index(index) => (get.match_index(index), format!("interface {index}")),
+            GetLink::Name(name) => (get.match_name(name), format!("interface {name}")),
+        };
+        match get.execute().try_next().await {
+            Ok(message) => Ok(message.as_ref().map(link)),
+            Err(error) => match request_error("read", subject, error) {
+                error if error.is_gone() => Ok(None),
+                error => Err(error),
+            },
+        }
+    }
+
+    /// The number by which our name space knows the one at `path`.
+    async fn netns_id(&self, path: &Path) -> Result<Option<i32>, NetlinkError> {
+        let subject = || format!("identifier of {}", path.display());
+        let io_error = |source| NetlinkError::Namespace {
+            path: path.to_path_buf(),
+            source,
+        };
+        let file = File::open(path).map_err(io_error)?;
+        let mut message = NsidMessage::default();
+        let fd = u32::try_from(file.as_raw_fd())
+            .map_err(|_| io_error(io::ErrorKind::InvalidInput.into()))?;
+        message.attributes.push(NsidAttribute::Fd(fd));
+        let mut request = NetlinkMessage::from(RouteNetlinkMessage::GetNsId(message));
+        request.header.flags = NLM_F_REQUEST;
+        let mut handle = self.handle.clone();
+        let mut answers = handle
+            .request(request)
+            .map_err(|error| request_error("read", subject(), error))?;
+        let mut found = None;
+        while let Some(answer) = answers.next().await {
+            match answer.payload {
+                NetlinkPayload::InnerMessage(RouteNetlinkMessage::NewNsId(message)) => {
+                    for attribute in message.attributes {
+                        if let NsidAttribute::Id(id) = attribute
+                            && id >= 0
+                        {
+                            found = Some(id);
+                        }
+                    }
+                }
+                NetlinkPayload::Error(error) => {
+                    let error = rtnetlink::Error::NetlinkError(error);
+                    return Err(request_error("read", subject(), error));
+                }
+                _ => {}
+            }
+        }
+        Ok(found)
+    }
+}
+
+enum GetLink<'a> {
+    Index(u32),
+    Name(&'a str),
+}
+
+impl Netlink for RtNetlink {
+    async fn link(&self, index: u32) -> Result<Option<Link>, NetlinkError> {
+        self.get(GetLink::Index(index)).await
+    }
+
+    async fn link_by_name(&self, name: &str) -> Result<Option<Link>, NetlinkError> {
+        self.get(GetLink::Name(name)).await
+    }
+
+    async fn links_with_alias(&self, prefix: &str) -> Result<Vec<Link>, NetlinkError> {
+        let messages: Vec<LinkMessage> = self
+            .handle
+            .link()
+            .get()
+            .execute()
+            .try_collect()
+            .await
+            .map_err(|error| request_error("list", "interfaces".into(), error))?;
+        Ok(messages
+            .iter()
+            .map(link)
+            .filter(|link| {
+                link.alias
+                    .as_ref()
+                    .is_some_and(|alias| alias.starts_with(prefix))
+            })
+            .collect())
+    }
+
+    async fn set_alias(&self, index: u32, alias: &str) -> Result<(), NetlinkError> {
+        let mut message = LinkMessage::default();
+        message.header.index = index;
+        message
+            .attributes
+            .push(LinkAttribute::IfAlias(alias.to_owned()));
+        self.handle
+            .link()
+            .set(message)
+            .execute()
+            .await
+            .map_err(|error| request_error("set alias of", format!("interface {index}"), error))
+    }
+
+    async fn host_peer(&self, netns: &Path, name: &str) -> Result<Link, NetlinkError> {
+        let problem = |detail| NetlinkError::NoHostPeer {
+            netns: netns.to_path_buf(),
+            name: name.to_owned(),
+            detail,
+        };
+        let inside = {
+            let name = name.to_owned();
+            in_netns(netns, move || blocking_link(&name)).await??
+        }
+        .ok_or_else(|| problem("there is no such interface"))?;
+        if !inside.is_veth() {
+            return Err(problem("it is not a veth"));
+        }
+        let (Some(peer), Some(_)) = (inside.peer, inside.peer_netns) else {
+            return Err(problem("its peer is in the same name space"));
+        };
+        let outside = self
+            .link(peer)
+            .await?
+            .ok_or_else(|| problem("its peer is in a third name space"))?;
+        // The index alone may be that of another interface here if the peer lives elsewhere.
+        let wanted = self.netns_id(netns).await?;
+        if !outside.is_veth()
+            || outside.peer != Some(inside.index)
+            || outside.peer_netns.is_none()
+            || outside.peer_netns != wanted
+        {
+            return Err(problem("its peer is in a third name space"));
+        }
+        Ok(outside)
+    }
+
+    async fn route_link(&self, address: IpAddr) -> Result<Option<Link>, NetlinkError> {
+        let mut message = RouteMessage::default();
+        let (family, destination, length) = match address {
+            IpAddr::V4(address) => (AddressFamily::Inet, RouteAddress::Inet(address), 32),
+            IpAddr::V6(address) => (AddressFamily::Inet6, RouteAddress::Inet6(address), 128),
+        };
+        message.header.address_family = family;
+        message.header.destination_prefix_length = length;
+        message
+            .attributes
+            .push(RouteAttribute::Destination(destination));
+        let route = match self.handle.route().get(message).execute().try_next().await {
+            Ok(route) => route,
+            Err(error) => {
+                let error = request_error("read", format!("route to {address}"), error);
+                return match error.errno() {
+                    Some(libc::ENETUNREACH | libc::EHOSTUNREACH | libc::ESRCH) => Ok(None),
+                    _ => Err(error),
+                };
+            }
+        };
+        let index = route
+            .iter()
+            .flat_map(|route| &route.attributes)
+            .find_map(|attribute| match attribute {
+                RouteAttribute::Oif(index) => Some(*index),
+                _ => None,
+            });
+        match index {
+            Some(index) => self.link(index).await,
+            None => Ok(None),
+        }
+    }
+}
+
+/// Reads a link of the current thread's name space with a runtime of its own.
+fn blocking_link(name: &str) -> Result<Option<Link>, NetlinkError> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_io()
+        .build()
+        .map_err(|source| NetlinkError::Request {
+            operation: "start",
+            subject: "a runtime".into(),
+            source,
+        })?;
+    runtime.block_on(async { RtNetlink::new()?.link_by_name(name).await })
+}
+
+fn request_error(
+    operation: &'static str,
+    subject: String,
+    error: rtnetlink::Error,
+) -> NetlinkError {
+    let source = match error {
+        rtnetlink::Error::NetlinkError(message) => message.to_io(),
+        other => io::Error::other(other),
+    };
+    NetlinkError::Request {
+        operation,
+        subject,
+        source,
+    }
+}
+
+fn link(message: &LinkMessage) -> Link {
+    let mut link = Link {
+        index: message.header.index,
+        name: String::new(),
+        alias: None,
+        kind: None,
+        mtu: 0,
+        peer: None,
+        peer_netns: None,
+    };
+    for attribute in &message.attributes {
+        match attribute {
+            LinkAttribute::IfName(name) => link.name.clone_from(name),
+            LinkAttribute::IfAlias(alias) => link.alias = Some(alias.clone()),
+            LinkAttribute::Mtu(mtu) => link.mtu = *mtu,
+            LinkAttribute::Link(peer) if *peer != 0 => link.peer = Some(*peer),
+            LinkAttribute::LinkNetNsId(id) => link.peer_netns = Some(*id),
+            LinkAttribute::LinkInfo(infos) => {
+                link.kind = infos.iter().find_map(|info| match info {
+                    LinkInfo::Kind(InfoKind::Veth) => Some("veth".to_owned()),
+                    LinkInfo::Kind(kind) => Some(kind.to_string()),
+                    _ => None,
+                });
+            }
+            _ => {}
+        }
+    }
+    link
+}
