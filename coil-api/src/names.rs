@@ -1,0 +1,64 @@
+//! Groups, labels, annotations, finalizers and fixed object names.
+
+use std::collections::BTreeMap;
+
+/// API group of all custom resources.
+pub const GROUP: &str = "coil.cybozu.com";
+/// API version of all custom resources.
+pub const VERSION: &str = "v2";
+
+/// Finalizer of objects whose deletion must be prepared.
+pub const FINALIZER: &str = "coil.cybozu.com";
+
+/// Label: name of the product, value [`APP_NAME`].
+pub const LABEL_APP_NAME: &str = "app.kubernetes.io/name";
+/// Label: name of the Egress that an object belongs to.
+pub const LABEL_APP_INSTANCE: &str = "app.kubernetes.io/instance";
+/// Label: part of the product.
+pub const LABEL_APP_COMPONENT: &str = "app.kubernetes.io/component";
+/// Value of [`LABEL_APP_NAME`].
+pub const APP_NAME: &str = "coil";
+/// Value of [`LABEL_APP_COMPONENT`] for everything that belongs to an Egress.
+pub const COMPONENT_EGRESS: &str = "egress";
+
+/// Namespace annotation: address pool of pods created later.
+pub const ANNOTATION_POOL: &str = "coil.cybozu.com/pool";
+/// Pod annotation, followed by the namespace of the Egresses: a comma-separated list of Egress names.
+pub const ANNOTATION_EGRESS_PREFIX: &str = "egress.coil.cybozu.com/";
+
+/// Label of an EndpointSlice: name of its Service.
+pub const LABEL_SERVICE_NAME: &str = "kubernetes.io/service-name";
+
+/// ServiceAccount of egress pods, ClusterRole and ClusterRoleBinding for them.
+pub const EGRESS_SERVICE_ACCOUNT: &str = "coil-egress";
+/// ClusterRoleBinding of clusters with PodSecurityPolicy, filled only where it exists.
+pub const EGRESS_PSP_BINDING: &str = "psp-coil-egress";
+/// Container of egress pods that Coil owns.
+pub const EGRESS_CONTAINER: &str = "egress";
+
+/// Name of the annotation that makes a pod a client of Egresses of `namespace`.
+#[must_use]
+pub fn egress_annotation(namespace: &str) -> String {
+    format!("{ANNOTATION_EGRESS_PREFIX}{namespace}")
+}
+
+/// Labels of every object that belongs to the Egress `name`; also the selector of its pods and slices.
+#[must_use]
+pub fn egress_labels(name: &str) -> BTreeMap<String, String> {
+    [
+        (LABEL_APP_NAME, APP_NAME),
+        (LABEL_APP_INSTANCE, name),
+        (LABEL_APP_COMPONENT, COMPONENT_EGRESS),
+    ]
+    .into_iter()
+    .map(|(key, value)| (key.to_owned(), value.to_owned()))
+    .collect()
+}
+
+/// [`egress_labels`] as a label-selector string, sorted by key.
+#[must_use]
+pub fn egress_selector(name: &str) -> String {
+    format!(
+        "{LABEL_APP_COMPONENT}={COMPONENT_EGRESS},{LABEL_APP_INSTANCE}={name},{LABEL_APP_NAME}={APP_NAME}"
+    )
+}
