@@ -1,0 +1,231 @@
+//! The command line of the lab, to be flattened into a program such as xtask.
+
+use crate::options::{ApiSource, Family, Options};
+use crate::target::Target;
+use crate::{Lab, LabError, Status, paths, state, supervisor, traffic};
+use anyhow::{Context, bail};
+use clap::{Args, Subcommand};
+use std::io::Write;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::path::PathBuf;
+use std::process::{Command, ExitCode};
+
+/// Arguments of `lab`.
+#[derive(Clone, Debug, Args)]
+pub struct LabArgs {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Clone, Debug, Subcommand)]
+enum Verb {
+    /// Bring a cluster up in network namespaces; returns when all is ready
+    Up(UpArgs),
+    /// Remove everything that `up` has made, also after a crash
+    Down,
+    /// Run kubectl against the lab
+    Kubectl {
+        /// Arguments of kubectl
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<String>,
+    },
+    /// Run a command in a place of the lab; its exit status becomes ours
+    Exec {
+        /// pod/NAMESPACE/NAME, node/NAME, external or router
+        target: Target,
+        /// The command; a shell where absent
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        command: Vec<String>,
+    },
+    /// List nodes, pods, addresses, namespaces, processes and log files
+    Status {
+        /// Print one JSON object
+        #[arg(long)]
+        json: bool,
+    },
+    /// Print a log file of the lab
+    Logs {
+        /// supervisor, external, or NAMESPACE/POD
+        #[arg(default_value = "supervisor")]
+        of: String,
+        /// Container of the pod, where it has several
+        #[arg(short, long)]
+        container: Option<String>,
+        /// Wait for more
+        #[arg(short, long)]
+        follow: bool,
+    },
+    /// Host the lab (started by `up`)
+    #[command(hide = true)]
+    Serve,
+    /// Serve HTTP and echo to the lab (started by the supervisor)
+    #[command(hide = true)]
+    Http(traffic::ServerArgs),
+    /// Talk to the servers of the external host
+    Client(traffic::ClientArgs),
+}
+
+/// Arguments of `lab up`.
+#[derive(Clone, Debug, Args)]
+pub struct UpArgs {
+    /// Number of worker nodes
+    #[arg(long, default_value_t = 2)]
+    pub nodes: usize,
+    /// Address families
+    #[arg(long, value_enum, default_value_t)]
+    pub family: Family,
+    /// The multi-call binary with the Coil programs; default: hypercoil next to this program
+    #[arg(long, value_name = "FILE")]
+    pub programs: Option<PathBuf>,
+    /// A cluster without Coil: pods are wired by the other CNI plugins alone
+    #[arg(long, conflicts_with = "programs")]
+    pub without_coil: bool,
+    /// A CNI configuration list to use in place of the lab's own
+    #[arg(long, value_name = "FILE")]
+    pub conflist: Option<PathBuf>,
+    /// Use the API server of a cluster that runs already
+    #[arg(long, value_name = "FILE")]
+    pub kubeconfig: Option<PathBuf>,
+    /// Seconds to wait for all to be ready
+    #[arg(long, value_name = "SECONDS", default_value_t = 120)]
+    pub wait: u64,
+}
+
+impl UpArgs {
+    /// The same choices as [`Options`].
+    pub fn options(self, launcher: Vec<PathBuf>) -> std::io::Result<Options> {
+        let Self { nodes, family, programs, without_coil, conflist, kubeconfig, wait } = self;
+        let mut options = Options::with_launcher(launcher);
+        options.nodes = nodes;
+        options.family = family;
+        options.conflist = conflist.map(std::path::absolute).transpose()?;
+        options.wait_seconds = wait;
+        if let Some(programs) = programs {
+            options.programs = Some(std::path::absolute(programs)?);
+        }
+        if without_coil {
+            options.programs = None;
+        }
+        if let Some(file) = kubeconfig {
+            options.api = ApiSource::Kubeconfig(std::path::absolute(file)?);
+        }
+        Ok(options)
+    }
+}
+
+impl LabArgs {
+    /// Runs the verb to its end. `launcher` is the command line that reaches these verbs again, such as
+    /// `[xtask, "lab"]`. Makes its own tokio runtime, so it must not be called from inside one.
+    pub fn run(self, launcher: Vec<PathBuf>) -> anyhow::Result<ExitCode> {
+        match self.verb {
+            Verb::Up(args) => {
+                let options = args.options(launcher)?;
+                runtime()?.block_on(up(options))
+            }
+            Verb::Down => {
+                Lab::down(|text| eprintln!("{text}"))?;
+                eprintln!("the lab is down");
+                Ok(ExitCode::SUCCESS)
+            }
+            Verb::Kubectl { arguments } => {
+                Lab::open()?;
+                let mut kubectl = Command::new("kubectl");
+                let error = kubectl.args(arguments).env("KUBECONFIG", paths::kubeconfig()).exec();
+                Err(error).context("cannot run kubectl (Debian package kubernetes-client)")
+            }
+            Verb::Exec { target, command } => {
+                let mut argv = command;
+                if argv.is_empty() {
+                    argv.push(std::env::var("SHELL").unwrap_or_else(|_| "sh".to_owned()));
+                }
+                let mut command = Lab::open()?.command(&target, &argv)?;
+                // Terminal, pipes and exit status are the command's own, since it takes this process over.
+                let error = command.exec();
+                let code = if error.kind() == std::io::ErrorKind::NotFound { 127 } else { 126 };
+                eprintln!("cannot run {} in {target}: {error}", argv[0]);
+                Ok(ExitCode::from(code))
+            }
+            Verb::Status { json } => {
+                let state = state::State::load()?.ok_or(LabError::None)?;
+                let status = Status::of(&state);
+                let text = if json { serde_json::to_string(&status)? + "\n" } else { status.to_string() };
+                match std::io::stdout().write_all(text.as_bytes()) {
+                    // A reader such as `head` may have seen enough.
+                    Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => Err(error.into()),
+                    _ => Ok(ExitCode::SUCCESS),
+                }
+            }
+            Verb::Logs { of, container, follow } => logs(&of, container.as_deref(), follow),
+            Verb::Serve => {
+                runtime()?.block_on(supervisor::serve())?;
+                Ok(ExitCode::SUCCESS)
+            }
+            Verb::Http(args) => {
+                runtime()?.block_on(traffic::run_server(args))?;
+                Ok(ExitCode::SUCCESS)
+            }
+            Verb::Client(args) => {
+                runtime()?.block_on(traffic::run_client(args))?;
+                Ok(ExitCode::SUCCESS)
+            }
+        }
+    }
+}
+
+fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
+    tokio::runtime::Builder::new_multi_thread().enable_all().build().context("tokio runtime")
+}
+
+async fn up(options: Options) -> anyhow::Result<ExitCode> {
+    let interrupted = tokio::select! {
+        lab = Lab::up(options, |text| eprintln!("{text}")) => {
+            println!("{}", lab?.kubeconfig().display());
+            false
+        }
+        interrupted = tokio::signal::ctrl_c() => {
+            interrupted?;
+            true
+        }
+    };
+    if interrupted {
+        eprintln!("interrupted; cleaning up");
+        Lab::down(|text| eprintln!("{text}"))?;
+        return Ok(ExitCode::from(130));
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn logs(of: &str, container: Option<&str>, follow: bool) -> anyhow::Result<ExitCode> {
+    state::State::load()?.ok_or(LabError::None)?;
+    let path = match of.split_once('/') {
+        None => paths::logs().join(format!("{of}.log")),
+        Some((namespace, pod)) => match container {
+            Some(container) => paths::container_log(namespace, pod, container),
+            None => {
+                let prefix = format!("{namespace}_{pod}_");
+                let mut found: Vec<PathBuf> = std::fs::read_dir(paths::logs())?
+                    .flatten()
+                    .map(|entry| entry.path())
+                    .filter(|path| {
+                        path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(&prefix))
+                    })
+                    .collect();
+                match (found.pop(), found.is_empty()) {
+                    (Some(path), true) => path,
+                    (Some(_), false) => {
+                        bail!("pod {of} has several containers: choose one with --container")
+                    }
+                    (None, _) => bail!("no log of pod {of}; log files are in {}", paths::logs().display()),
+                }
+            }
+        },
+    };
+    let mut command = Command::new("tail");
+    command.args(["-n", "+1"]);
+    if follow {
+        command.arg("-F");
+    }
+    let status = command.arg(&path).status().context("tail")?;
+    let code = status.code().or_else(|| status.signal().map(|signal| 128 + signal)).unwrap_or(1);
+    Ok(ExitCode::from(u8::try_from(code).unwrap_or(1)))
+}

@@ -1,0 +1,85 @@
+//! Processes of the lab that are no pods: started with a log file each, and started again if they end.
+
+use crate::netns::Netns;
+use crate::state::State;
+use crate::{paths, target};
+use anyhow::Context;
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+use tokio::task::JoinSet;
+use tracing::warn;
+
+/// The processes.
+pub(super) struct Background {
+    state: State,
+    tasks: JoinSet<anyhow::Result<()>>,
+}
+
+impl Background {
+    pub(super) fn new(state: &State) -> Self {
+        Self { state: state.clone(), tasks: JoinSet::new() }
+    }
+
+    /// The HTTP and echo servers of the external host.
+    pub(super) fn external_servers(&mut self) -> anyhow::Result<()> {
+        let topology = &self.state.topology;
+        let mut argv: Vec<PathBuf> = self.state.options.launcher.clone();
+        argv.push("http".into());
+        let link = topology.external.link_addresses.iter().map(ipnet::IpNet::addr);
+        for address in link.chain(topology.external.addresses.iter().copied()) {
+            argv.push("--address".into());
+            argv.push(address.to_string().into());
+        }
+        let namespace = topology.external.netns.clone();
+        self.keep_running("external", namespace, argv)
+    }
+
+    /// Starts a program and restarts it whenever it ends.
+    fn keep_running(
+        &mut self,
+        name: &'static str,
+        namespace: Netns,
+        argv: Vec<PathBuf>,
+    ) -> anyhow::Result<()> {
+        let state = self.state.clone();
+        let mut child = start(&state, name, &namespace, &argv)?;
+        self.tasks.spawn(async move {
+            loop {
+                let status = child.wait().await.with_context(|| format!("waiting for {name}"))?;
+                warn!(name, %status, "ended; starting it again");
+                tokio::time::sleep(Duration::from_millis(500)).await;
+                child = start(&state, name, &namespace, &argv)?;
+            }
+        });
+        Ok(())
+    }
+
+    /// Ends only if a process cannot be kept running.
+    pub(super) async fn failed(&mut self) -> anyhow::Result<()> {
+        match self.tasks.join_next().await {
+            Some(ended) => ended?,
+            None => std::future::pending().await,
+        }
+    }
+}
+
+fn start(
+    state: &State,
+    name: &str,
+    namespace: &Netns,
+    argv: &[PathBuf],
+) -> anyhow::Result<tokio::process::Child> {
+    let path = paths::logs().join(format!("{name}.log"));
+    let log = std::fs::OpenOptions::new()
+        .create(true)
+        .append(true)
+        .open(&path)
+        .with_context(|| format!("cannot open {}", path.display()))?;
+    let mut command = Command::new(argv.first().context("no program")?);
+    command.args(&argv[1..]);
+    target::environment(&mut command, state, None);
+    command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
+    namespace.enter(&mut command)?;
+    tokio::process::Command::from(command).spawn().with_context(|| format!("cannot start {name}"))
+}

@@ -1,0 +1,30 @@
+//! The BPF file system in which the nodes' daemons pin their maps and links.
+
+use crate::paths;
+use crate::state::State;
+use anyhow::Context;
+use nix::mount::{MsFlags, mount};
+use std::path::Path;
+
+const BPF_FS_MAGIC: i64 = 0xcafe_4a11;
+
+/// Mounts it unless it is there, and makes a folder per node.
+pub(super) fn prepare(state: &mut State) -> anyhow::Result<()> {
+    let root = Path::new(paths::BPFFS);
+    if !is_bpffs(root)? {
+        state.mounted_bpffs = true;
+        state.save()?;
+        mount(Some("bpf"), root, Some("bpf"), MsFlags::empty(), Some("mode=700"))
+            .with_context(|| format!("cannot mount the BPF file system on {}", root.display()))?;
+    }
+    for node in &state.topology.nodes {
+        let folder = paths::node_pins(&node.name);
+        std::fs::create_dir_all(&folder).with_context(|| format!("cannot create {}", folder.display()))?;
+    }
+    Ok(())
+}
+
+fn is_bpffs(path: &Path) -> anyhow::Result<bool> {
+    let found = nix::sys::statfs::statfs(path).with_context(|| format!("{} is not there", path.display()))?;
+    Ok(found.filesystem_type().0 == BPF_FS_MAGIC)
+}

@@ -1,0 +1,134 @@
+//! The one long-running process of a lab: makes the network, hosts the API, plays the kubelet of every node, and keeps
+//! the external host's servers running. `up` starts it; `down` ends it and clears up after it.
+
+mod background;
+mod bpffs;
+
+use crate::netns::Netns;
+use crate::paths;
+use crate::process::ProcessId;
+use crate::state::{Phase, State};
+use crate::{cni, topology};
+use anyhow::Context;
+use serde::{Deserialize, Serialize};
+use std::io::Write;
+use std::os::unix::fs::symlink;
+use tokio::signal::unix::{SignalKind, signal};
+use tracing::{error, info};
+
+/// What the supervisor tells `up`, one JSON object per line on standard output.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Message {
+    /// What it is doing.
+    Progress(String),
+    /// All is up.
+    Ready,
+    /// It gives up.
+    Failed(String),
+}
+
+/// Programs of the multi-call binary that the lab's pods and CNI may start.
+const PROGRAMS: [&str; 8] = [
+    "coild",
+    "coil",
+    "coil-installer",
+    "coil-egress",
+    "coil-router",
+    "coil-controller",
+    "coil-exporter",
+    "hypercoil",
+];
+
+fn tell(message: &Message) {
+    if let Message::Progress(text) = message {
+        info!("{text}");
+    }
+    let mut line = serde_json::to_vec(message).unwrap_or_default();
+    line.push(b'\n');
+    // `up` may have been interrupted; whether the lab goes on is for `down` to decide.
+    if let Err(error) = std::io::stdout().write_all(&line) {
+        info!(%error, "nobody listens to progress");
+    }
+}
+
+fn progress(text: impl Into<String>) {
+    tell(&Message::Progress(text.into()));
+}
+
+/// Runs a lab until it is told to end.
+pub async fn serve() -> anyhow::Result<()> {
+    tracing_subscriber::fmt()
+        .with_writer(std::io::stderr)
+        .with_ansi(false)
+        .with_env_filter(
+            tracing_subscriber::EnvFilter::try_from_default_env()
+                .unwrap_or_else(|_| "info,coil_lab=debug,hyper=warn,kube=info".into()),
+        )
+        .init();
+    let ended = run().await;
+    if let Err(failure) = &ended {
+        error!("{failure:#}");
+        tell(&Message::Failed(format!("{failure:#}")));
+    }
+    ended
+}
+
+async fn run() -> anyhow::Result<()> {
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut state = State::load()?.context("no record of a lab: the supervisor is started by `lab up`")?;
+    state.supervisor = ProcessId::own();
+    state.save()?;
+
+    bpffs::prepare(&mut state)?;
+    progress(format!("making the network: {} nodes, a router, an external host", state.topology.nodes.len()));
+    topology::apply(&state.topology)?;
+    folders(&state)?;
+    let mut background = background::Background::new(&state);
+    background.external_servers()?;
+
+    state.phase = Phase::Ready;
+    state.save()?;
+    tell(&Message::Ready);
+
+    tokio::select! {
+        _ = terminate.recv() => info!("told to end"),
+        ended = background.failed() => ended?,
+    }
+    Ok(())
+}
+
+/// Folders, programs and CNI configuration.
+fn folders(state: &State) -> anyhow::Result<()> {
+    for folder in [paths::bin(), paths::cni(), paths::pods(), paths::logs()] {
+        std::fs::create_dir_all(&folder).with_context(|| format!("cannot create {}", folder.display()))?;
+    }
+    if let Some(binary) = &state.options.programs {
+        for program in PROGRAMS {
+            symlink(binary, paths::bin().join(program)).with_context(|| format!("link to {program}"))?;
+        }
+    }
+    for node in &state.topology.nodes {
+        let folder = paths::node(&node.name);
+        std::fs::create_dir_all(&folder).with_context(|| format!("cannot create {}", folder.display()))?;
+        let config = match &state.options.conflist {
+            Some(file) => std::fs::read_to_string(file)
+                .with_context(|| format!("cannot read {}", file.display()))?
+                .replace("@NODE@", &node.name),
+            None => serde_json::to_string_pretty(&cni::config(node, state.options.programs.is_some()))?,
+        };
+        let path = folder.join("10-lab.conflist");
+        std::fs::write(&path, config).with_context(|| format!("cannot write {}", path.display()))?;
+    }
+    Ok(())
+}
+
+/// A listener inside a namespace, for the runtime of this process.
+#[expect(dead_code, reason = "the API follows")]
+fn listen(namespace: &Netns, address: std::net::SocketAddr) -> anyhow::Result<tokio::net::TcpListener> {
+    let listener = namespace
+        .run(|| std::net::TcpListener::bind(address))?
+        .with_context(|| format!("cannot listen on {address} in {}", namespace.name()))?;
+    listener.set_nonblocking(true)?;
+    Ok(tokio::net::TcpListener::from_std(listener)?)
+}

@@ -1,0 +1,383 @@
+//! The client of the external host's servers. Each verb prints one JSON object and fails if anything was not as it
+//! should be.
+
+use super::pattern::{CHUNK, Digest, Pattern};
+use super::report::{Peer, Received, Stream, Transfer, Udp};
+use super::server::{UDP_QUESTION, pause};
+use anyhow::{Context, bail, ensure};
+use axum::body::{Body, Bytes};
+use axum::http::{Method, Request, Response, Uri};
+use futures::StreamExt;
+use hyper_util::client::legacy::Client;
+use hyper_util::rt::TokioExecutor;
+use serde::Serialize;
+use std::net::SocketAddr;
+use std::os::fd::AsRawFd;
+use std::time::{Duration, Instant};
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::net::{TcpStream, UdpSocket};
+
+/// Arguments of the client.
+#[derive(Clone, Debug, clap::Args)]
+pub struct ClientArgs {
+    #[command(subcommand)]
+    verb: Verb,
+    /// Give up after this many seconds
+    #[arg(long, global = true, default_value_t = 30)]
+    timeout: u64,
+}
+
+#[derive(Clone, Debug, clap::Subcommand)]
+enum Verb {
+    /// Ask an HTTP server whom it sees
+    Peer {
+        /// HOST:PORT of the server
+        server: SocketAddr,
+    },
+    /// GET a path and print the body as it is
+    Get {
+        /// The URL
+        url: Uri,
+    },
+    /// Send bytes and compare the digest that the server computes
+    Upload {
+        /// HOST:PORT of the server
+        server: SocketAddr,
+        #[command(flatten)]
+        stream: StreamArgs,
+    },
+    /// Fetch bytes and compare their digest with the expected one
+    Download {
+        /// HOST:PORT of the server
+        server: SocketAddr,
+        #[command(flatten)]
+        stream: StreamArgs,
+    },
+    /// Send bytes to the TCP echo server and compare each that comes back, for a given time
+    Stream {
+        /// HOST:PORT of the echo server
+        server: SocketAddr,
+        /// For how long
+        #[arg(long, default_value_t = 5)]
+        seconds: u64,
+        /// Bytes per second; 0 is as fast as possible
+        #[arg(long, default_value_t = 0)]
+        rate: u64,
+        /// Fail if nothing comes back for so many milliseconds
+        #[arg(long, default_value_t = 5000)]
+        stall_ms: u64,
+        /// Print a line of progress on standard error each second
+        #[arg(long)]
+        progress: bool,
+    },
+    /// Send datagrams to the UDP echo server
+    Udp {
+        /// HOST:PORT of the echo server
+        server: SocketAddr,
+        /// How many
+        #[arg(long, default_value_t = 10)]
+        count: u64,
+        /// Bytes in each
+        #[arg(long, default_value_t = 64)]
+        size: usize,
+        /// Milliseconds between two
+        #[arg(long, default_value_t = 5)]
+        interval_ms: u64,
+    },
+}
+
+#[derive(Clone, Debug, clap::Args)]
+struct StreamArgs {
+    /// How many bytes
+    #[arg(long, default_value_t = 1 << 20)]
+    bytes: u64,
+    /// Which deterministic stream
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+    /// Bytes per second; 0 is as fast as possible
+    #[arg(long, default_value_t = 0)]
+    rate: u64,
+}
+
+/// Runs one verb.
+pub async fn run(args: ClientArgs) -> anyhow::Result<()> {
+    let ClientArgs { verb, timeout } = args;
+    let mut limit = Duration::from_secs(timeout);
+    if let Verb::Stream { seconds, .. } = &verb {
+        limit = limit.max(Duration::from_secs(seconds + 30));
+    }
+    let work = async {
+        match verb {
+            Verb::Peer { server } => print(&peer(server).await?, true),
+            Verb::Get { url } => {
+                body(request(Method::GET, url, Body::empty()).await?, |piece| {
+                    use std::io::Write;
+                    Ok(std::io::stdout().write_all(piece)?)
+                })
+                .await
+            }
+            Verb::Upload { server, stream } => {
+                let transfer = upload(server, stream).await?;
+                print(&transfer, transfer.ok)
+            }
+            Verb::Download { server, stream } => {
+                let transfer = download(server, stream).await?;
+                print(&transfer, transfer.ok)
+            }
+            Verb::Stream { server, seconds, rate, stall_ms, progress } => {
+                let stall = Duration::from_millis(stall_ms);
+                let done = echo_stream(server, Duration::from_secs(seconds), rate, stall, progress).await?;
+                print(&done, done.ok)
+            }
+            Verb::Udp { server, count, size, interval_ms } => {
+                let done = udp(server, count, size, Duration::from_millis(interval_ms)).await?;
+                print(&done, done.ok)
+            }
+        }
+    };
+    tokio::time::timeout(limit, work).await.with_context(|| format!("no end after {} s", limit.as_secs()))?
+}
+
+fn print(report: &impl Serialize, ok: bool) -> anyhow::Result<()> {
+    println!("{}", serde_json::to_string(report)?);
+    ensure!(ok, "not as it should be");
+    Ok(())
+}
+
+async fn peer(server: SocketAddr) -> anyhow::Result<Peer> {
+    let url = format!("http://{server}/peer").parse()?;
+    json(request(Method::GET, url, Body::empty()).await?).await
+}
+
+async fn upload(server: SocketAddr, args: StreamArgs) -> anyhow::Result<Transfer> {
+    let StreamArgs { bytes, seed, rate } = args;
+    let mut digest = Digest::new();
+    Pattern::new(seed, bytes).for_each(|piece| digest.add(&piece));
+    let (_, expected) = digest.finish();
+    let pieces = futures::stream::iter(Pattern::new(seed, bytes)).then(move |piece| async move {
+        if rate > 0 {
+            tokio::time::sleep(pause(piece.len(), rate)).await;
+        }
+        Ok::<_, std::convert::Infallible>(piece)
+    });
+    let begun = Instant::now();
+    let url = format!("http://{server}/upload").parse()?;
+    let received: Received = json(request(Method::POST, url, Body::from_stream(pieces)).await?).await?;
+    Ok(Transfer {
+        ok: received.bytes == bytes && received.sha256 == expected,
+        bytes: received.bytes,
+        sha256: received.sha256,
+        expected,
+        seconds: begun.elapsed().as_secs_f64(),
+        peer: Some(received.peer),
+    })
+}
+
+async fn download(server: SocketAddr, args: StreamArgs) -> anyhow::Result<Transfer> {
+    let StreamArgs { bytes, seed, rate } = args;
+    let begun = Instant::now();
+    let url = format!("http://{server}/download?bytes={bytes}&seed={seed}&rate={rate}").parse()?;
+    let mut digest = Digest::new();
+    body(request(Method::GET, url, Body::empty()).await?, |piece| {
+        digest.add(piece);
+        Ok(())
+    })
+    .await?;
+    let seconds = begun.elapsed().as_secs_f64();
+    let (received, sha256) = digest.finish();
+    let mut wanted = Digest::new();
+    Pattern::new(seed, bytes).for_each(|piece| wanted.add(&piece));
+    let (_, expected) = wanted.finish();
+    Ok(Transfer {
+        ok: received == bytes && sha256 == expected,
+        bytes: received,
+        sha256,
+        expected,
+        seconds,
+        peer: None,
+    })
+}
+
+async fn request(method: Method, url: Uri, content: Body) -> anyhow::Result<Response<Body>> {
+    let client: Client<_, Body> = Client::builder(TokioExecutor::new()).build_http();
+    let request = Request::builder().method(method).uri(&url).body(content)?;
+    let response = client.request(request).await.with_context(|| format!("request to {url}"))?;
+    ensure!(response.status().is_success(), "{url} answered {}", response.status());
+    Ok(response.map(Body::new))
+}
+
+async fn body(
+    response: Response<Body>,
+    mut take: impl FnMut(&Bytes) -> anyhow::Result<()>,
+) -> anyhow::Result<()> {
+    let mut pieces = response.into_body().into_data_stream();
+    while let Some(piece) = pieces.next().await {
+        take(&piece.context("the answer broke off")?)?;
+    }
+    Ok(())
+}
+
+async fn json<T: serde::de::DeserializeOwned>(response: Response<Body>) -> anyhow::Result<T> {
+    let mut text = Vec::new();
+    body(response, |piece| {
+        text.extend_from_slice(piece);
+        Ok(())
+    })
+    .await?;
+    serde_json::from_slice(&text).context("the server's answer")
+}
+
+async fn echo_stream(
+    server: SocketAddr,
+    duration: Duration,
+    rate: u64,
+    stall: Duration,
+    progress: bool,
+) -> anyhow::Result<Stream> {
+    let stream = TcpStream::connect(server).await.with_context(|| format!("connection to {server}"))?;
+    stream.set_nodelay(true)?;
+    let socket = stream.as_raw_fd();
+    let (reader, mut writer) = stream.into_split();
+    let mut reader = BufReader::with_capacity(2 * CHUNK, reader);
+    let mut line = String::new();
+    reader.read_line(&mut line).await.context("greeting of the echo server")?;
+    let peer: Peer = serde_json::from_str(&line).context("greeting of the echo server")?;
+
+    let begun = Instant::now();
+    let send = async {
+        // Small pieces keep a slow stream moving steadily.
+        let piece_size =
+            if rate == 0 { CHUNK } else { CHUNK.min(usize::try_from(rate / 50).unwrap_or(CHUNK)).max(64) };
+        let mut sent = 0;
+        'all: for chunk in Pattern::new(1, u64::MAX) {
+            for piece in chunk.chunks(piece_size) {
+                if begun.elapsed() >= duration {
+                    break 'all;
+                }
+                writer.write_all(piece).await?;
+                sent += piece.len() as u64;
+                if rate > 0 {
+                    let due = pause(usize::try_from(sent).unwrap_or(usize::MAX), rate);
+                    tokio::time::sleep(due.saturating_sub(begun.elapsed())).await;
+                }
+            }
+        }
+        writer.shutdown().await?;
+        Ok::<u64, std::io::Error>(sent)
+    };
+
+    let mut bytes = 0;
+    let mut longest = Duration::ZERO;
+    let receive = async {
+        let mut pattern = Pattern::new(1, u64::MAX);
+        let mut expected: Vec<u8> = Vec::new();
+        let mut buffer = vec![0; CHUNK];
+        let mut told = 0;
+        loop {
+            let asked = Instant::now();
+            let size = match tokio::time::timeout(stall, reader.read(&mut buffer)).await {
+                Ok(size) => size?,
+                Err(_) => {
+                    longest = longest.max(stall);
+                    bail!("nothing came back for {} ms after byte {bytes}", stall.as_millis());
+                }
+            };
+            longest = longest.max(asked.elapsed());
+            if size == 0 {
+                return Ok(());
+            }
+            while expected.len() < size {
+                expected.extend(pattern.next().unwrap_or_default());
+            }
+            if buffer[..size] != expected[..size] {
+                let same = buffer.iter().zip(&expected).take_while(|(a, b)| a == b).count();
+                bail!("byte {} is not the one that was sent", bytes + same as u64);
+            }
+            expected.drain(..size);
+            bytes += size as u64;
+            if progress && begun.elapsed().as_secs() > told {
+                told = begun.elapsed().as_secs();
+                eprintln!("{told} s: {bytes} bytes back, longest stall {} ms", longest.as_millis());
+            }
+        }
+    };
+    let (sent, received) = tokio::join!(send, receive);
+    let mut error = received.err().map(|error| format!("{error:#}"));
+    match sent {
+        Ok(sent) if error.is_none() && sent != bytes => {
+            error = Some(format!("{sent} bytes sent, {bytes} came back"))
+        }
+        Err(failed) if error.is_none() => error = Some(format!("sending: {failed}")),
+        _ => {}
+    }
+    Ok(Stream {
+        ok: error.is_none(),
+        bytes,
+        seconds: begun.elapsed().as_secs_f64(),
+        longest_stall_ms: u64::try_from(longest.as_millis()).unwrap_or(u64::MAX),
+        retransmits: retransmits(socket),
+        peer,
+        error,
+    })
+}
+
+/// Segments that the kernel has sent again on this connection.
+fn retransmits(socket: i32) -> u32 {
+    // SAFETY: tcp_info is plain old data for which zero is a valid value.
+    let mut info: libc::tcp_info = unsafe { std::mem::zeroed() };
+    let mut size = size_of::<libc::tcp_info>() as libc::socklen_t;
+    // SAFETY: the pointer and size describe `info`, which outlives the call; a bad descriptor is an error, no fault.
+    let result = unsafe {
+        libc::getsockopt(
+            socket,
+            libc::IPPROTO_TCP,
+            libc::TCP_INFO,
+            std::ptr::from_mut(&mut info).cast(),
+            &raw mut size,
+        )
+    };
+    if result == 0 { info.tcpi_total_retrans } else { 0 }
+}
+
+async fn udp(server: SocketAddr, count: u64, size: usize, interval: Duration) -> anyhow::Result<Udp> {
+    let any: SocketAddr = if server.is_ipv4() { ([0, 0, 0, 0], 0).into() } else { ([0u16; 8], 0).into() };
+    let socket = UdpSocket::bind(any).await?;
+    socket.connect(server).await?;
+    let mut buffer = vec![0; 64 * 1024];
+    socket.send(UDP_QUESTION).await?;
+    let peer = match tokio::time::timeout(Duration::from_secs(2), socket.recv(&mut buffer)).await {
+        Ok(Ok(size)) => serde_json::from_slice(&buffer[..size]).ok(),
+        _ => None,
+    };
+
+    let datagram = |number: u64| {
+        let mut content = number.to_be_bytes().to_vec();
+        content.extend(Pattern::new(number, size.saturating_sub(8) as u64).flatten());
+        content
+    };
+    let mut missing: std::collections::HashSet<u64> = (0..count).collect();
+    let (mut sent, mut wrong) = (0, 0);
+    let mut next = tokio::time::interval(interval.max(Duration::from_micros(1)));
+    let mut last_sent = Instant::now();
+    while !missing.is_empty() && (sent < count || last_sent.elapsed() < Duration::from_secs(2)) {
+        tokio::select! {
+            _ = next.tick(), if sent < count => {
+                socket.send(&datagram(sent)).await?;
+                sent += 1;
+                last_sent = Instant::now();
+            }
+            got = socket.recv(&mut buffer) => {
+                // An ICMP error is told here once; the datagram it is about stays missing.
+                let Ok(got) = got else { continue };
+                let number = buffer[..got].first_chunk().map(|head| u64::from_be_bytes(*head));
+                match number.filter(|number| buffer[..got] == datagram(*number)) {
+                    Some(number) if missing.remove(&number) => {}
+                    _ => wrong += 1,
+                }
+            }
+            () = tokio::time::sleep(Duration::from_millis(100)), if sent == count => {}
+        }
+    }
+    let received = count - missing.len() as u64;
+    Ok(Udp { ok: received == count && wrong == 0 && peer.is_some(), sent, received, wrong, peer })
+}

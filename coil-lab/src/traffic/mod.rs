@@ -1,0 +1,15 @@
+//! The servers of the external host and the client that talks to them, so that demo and tests need no curl. HTTP on
+//! port 80 tells its peer and moves bytes with digests; port 7 echoes, TCP and UDP. Both are verbs of this program.
+
+mod client;
+mod pattern;
+pub mod report;
+mod server;
+
+pub use client::{ClientArgs, run as run_client};
+pub use server::{ServerArgs, run as run_server};
+
+/// Port of the HTTP server.
+pub const HTTP_PORT: u16 = 80;
+/// Port of the echo servers.
+pub const ECHO_PORT: u16 = 7;
