@@ -114,6 +114,11 @@ impl UpArgs {
 }
 
 impl LabArgs {
+    /// Whether a lab is to be brought up, which needs the programs and the packages that it runs.
+    pub fn is_up(&self) -> bool {
+        matches!(self.verb, Verb::Up(_))
+    }
+
     /// Runs the verb to its end. `launcher` is the command line that reaches these verbs again, such as
     /// `[xtask, "lab"]`. Makes its own tokio runtime, so it must not be called from inside one.
     pub fn run(self, launcher: Vec<PathBuf>) -> anyhow::Result<ExitCode> {

@@ -5,6 +5,7 @@
 pub mod args;
 pub mod cni;
 pub mod down;
+pub mod drive;
 pub mod netns;
 pub mod options;
 pub mod paths;

@@ -1,8 +1,11 @@
 //! Every command that a person or CI runs: `cargo xtask --help`.
 
+mod bench;
 mod check;
+mod demo;
 mod ebpf;
 mod host;
+mod lab;
 mod manifests;
 mod process;
 mod test;
@@ -30,6 +33,12 @@ enum Command {
     Check(check::Check),
     /// Runs every test: checks, unit, privileged and cluster tests
     Test(test::Test),
+    /// Shows a pod leaving the cluster with the address of an egress pod, step by step
+    Demo(demo::Demo),
+    /// Runs a cluster in network namespaces and commands in it
+    Lab(lab::Lab),
+    /// Measures the datapath
+    Bench(bench::Bench),
     /// Writes the generated manifests, or checks that they are fresh
     Manifests(manifests::Manifests),
     /// Prints a completion script for a shell
@@ -56,6 +65,9 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Build(verb) => verb.run().map(|()| ExitCode::SUCCESS),
         Command::Check(verb) => verb.run(),
         Command::Test(verb) => verb.run(),
+        Command::Demo(verb) => verb.run(),
+        Command::Lab(verb) => verb.run(),
+        Command::Bench(verb) => verb.run(),
         Command::Manifests(verb) => verb.run().map(|()| ExitCode::SUCCESS),
         Command::Completion { shell } => {
             clap_complete::generate(shell, &mut Args::command(), "xtask", &mut std::io::stdout());

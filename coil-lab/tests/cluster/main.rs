@@ -1,0 +1,77 @@
+//! Cluster scenarios: the real programs in one lab, driven as an operator would.
+//!
+//! One lab serves all scenarios, each in namespaces of its own; it is removed at the end, whatever
+//! happened. All are marked as ignored, since they need root, the eBPF object and the built
+//! programs: `cargo xtask test` runs them.
+
+mod bad_input;
+mod closed_doors;
+mod offloads;
+mod path_mtu;
+mod policy;
+mod restart;
+mod support;
+
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use coil_lab::{Family, Lab, Options};
+use libtest_mimic::{Arguments, Conclusion, Failed, Trial};
+
+use support::Scenario;
+
+fn main() -> ExitCode {
+    let arguments = Arguments::from_args();
+    let scenarios: Vec<Scenario> = [
+        policy::scenarios(),
+        closed_doors::scenarios(),
+        path_mtu::scenarios(),
+        bad_input::scenarios(),
+        offloads::scenarios(),
+        // Last: these kill what the others use.
+        restart::scenarios(),
+    ]
+    .into_iter()
+    .flatten()
+    .collect();
+    let wanted = arguments.ignored || arguments.include_ignored;
+    if !wanted || arguments.list {
+        let trials = scenarios.iter().map(|scenario| {
+            Trial::test(scenario.name, || Err(Failed::from("needs the lab"))).with_ignored_flag(true)
+        });
+        return libtest_mimic::run(&arguments, trials.collect()).exit_code();
+    }
+    match run(&arguments, scenarios) {
+        Ok(conclusion) => conclusion.exit_code(),
+        Err(error) => {
+            eprintln!("the lab: {error:#}");
+            println!("test result: FAILED. 0 passed; 1 failed; 0 ignored; 0 measured; 0 filtered out");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(arguments: &Arguments, scenarios: Vec<Scenario>) -> anyhow::Result<Conclusion> {
+    let runtime = Arc::new(tokio::runtime::Runtime::new()?);
+    let options = Options { family: Family::Dual, ..support::options() };
+    let lab = runtime.block_on(Lab::up(options, |step| eprintln!("{step}")));
+    let conclusion = lab.map(|lab| {
+        let lab = Arc::new(lab);
+        let trials = scenarios
+            .into_iter()
+            .map(|scenario| {
+                let (lab, runtime) = (lab.clone(), runtime.clone());
+                Trial::test(scenario.name, move || {
+                    runtime.block_on((scenario.run)(&lab)).map_err(|error| {
+                        eprintln!("{}", support::state(&lab));
+                        Failed::from(format!("{error:#}"))
+                    })
+                })
+                .with_ignored_flag(true)
+            })
+            .collect();
+        libtest_mimic::run(&Arguments { test_threads: Some(1), ..arguments.clone() }, trials)
+    });
+    Lab::down(|step| eprintln!("{step}"))?;
+    Ok(conclusion?)
+}
