@@ -4,11 +4,44 @@
 //! Owns everything under `<bpffs root>/v1` but the folders of gateways, which their own
 //! `coil-egress` fills. Knows nothing of Kubernetes.
 
+mod attach;
+mod encode;
+mod loader;
+mod maglev;
+mod maps;
+mod object;
+mod pins;
+mod plan;
+mod state;
+mod stats;
+mod sweep;
+mod sys;
+pub mod timeouts;
+mod writer;
+
 use std::collections::BTreeSet;
 use std::net::{Ipv4Addr, Ipv6Addr};
 use std::path::PathBuf;
 
+use coil_common::config::Config;
+use coil_common::names;
+use nix::time::{ClockId, clock_gettime};
+
+use self::attach::{Attachable, Hook, PodPrograms, link_alive};
+use self::loader::{Loaded, load};
+use self::maps::NodeMaps;
+use self::pins::{IfUnmounted, PinFolder};
+use self::stats::{FlowCounts, MapFill, NodeCollector};
+use self::sweep::FlowSweeper;
+use self::writer::Writer;
 use crate::desired::{DesiredState, PodUid};
+
+pub use self::attach::{AttachError, AttachMode};
+pub use self::encode::EncodeError;
+pub use self::loader::{LoadError, Role};
+pub use self::maps::MapAccessError;
+pub use self::pins::PinError;
+pub use self::sys::{SkBuff, TestRun, test_run};
 
 /// How a node's datapath is opened.
 #[derive(Clone, Debug)]
@@ -35,7 +68,7 @@ pub struct ApplyReport {
     /// Interfaces whose programs were taken away.
     pub detached: Vec<u32>,
     /// Pods that could not be served, the others were.
-    pub failed: Vec<(PodUid, DatapathError)>,
+    pub failed: Vec<(PodUid, PodError)>,
 }
 
 /// What [`Datapath::sweep`] did.
@@ -49,59 +82,233 @@ pub struct SweepReport {
     pub finished: bool,
 }
 
+/// Why one pod could not be served.
+#[derive(Debug, thiserror::Error)]
+pub enum PodError {
+    /// Its policy does not fit into the maps.
+    #[error(transparent)]
+    Encode(#[from] EncodeError),
+    /// Its interface is gone: the pod has ended.
+    #[error("interface {ifindex} of the pod does not exist")]
+    InterfaceGone {
+        /// Index of the interface.
+        ifindex: u32,
+    },
+    /// The programs cannot be attached to its interface.
+    #[error(transparent)]
+    Attach(AttachError),
+}
+
+impl From<AttachError> for PodError {
+    fn from(error: AttachError) -> Self {
+        match error {
+            AttachError::InterfaceGone { ifindex } => Self::InterfaceGone { ifindex },
+            error => Self::Attach(error),
+        }
+    }
+}
+
 /// What can go wrong in the datapath.
 #[derive(Debug, thiserror::Error)]
 pub enum DatapathError {
-    /// This program was built without the eBPF object.
-    #[error(
-        "this program was built without the eBPF object; build it with `cargo xtask build`, \
-         which builds the object first"
-    )]
-    NoObject,
+    /// Programs or maps cannot be loaded.
+    #[error(transparent)]
+    Load(#[from] LoadError),
+    /// The folder of pins cannot be used.
+    #[error(transparent)]
+    Pin(#[from] PinError),
+    /// A map cannot be read or written.
+    #[error(transparent)]
+    Map(#[from] MapAccessError),
+    /// A program cannot be attached or detached.
+    #[error(transparent)]
+    Attach(#[from] AttachError),
+    /// The system lacks something.
+    #[error("cannot read {what}")]
+    System {
+        /// What.
+        what: &'static str,
+        /// Why not.
+        #[source]
+        source: std::io::Error,
+    },
+}
+
+impl DatapathError {
+    /// Trying again will not help before somebody changes something.
+    #[must_use]
+    pub fn is_permanent(&self) -> bool {
+        match self {
+            Self::Load(_) | Self::Pin(_) | Self::System { .. } => true,
+            Self::Map(_) | Self::Attach(_) => false,
+        }
+    }
 }
 
 /// The datapath as the agent's control side sees it.
 pub trait Datapath: Send {
-    /// Makes maps and attachments equal to `state`; add-only until it is complete.
+    /// Makes maps and attachments equal to `state`; add-only until it is complete. After an error the
+    /// same call may be repeated: it reads the maps anew.
     fn apply(&mut self, state: &DesiredState) -> Result<ApplyReport, DatapathError>;
 
-    /// Forgets what is believed about the maps: the next [`Self::apply`] reads them again.
+    /// Forgets what is believed about maps and attachments: the next [`Self::apply`] looks again.
     fn resync(&mut self);
 
-    /// Removes expired flows, looking at no more than `budget` entries; `now` is in seconds since boot.
+    /// Removes expired flows, looking at about `budget` entries; `now` is in seconds since boot.
     fn sweep(&mut self, now: u32, budget: usize) -> Result<SweepReport, DatapathError>;
 
     /// Removes the pins of gateways on this node that are none of `live`.
     fn gc_gateways(&mut self, live: &BTreeSet<PodUid>) -> Result<(), DatapathError>;
 }
 
+/// Seconds since boot on the clock that the datapath writes into flows.
+pub fn seconds_since_boot() -> Result<u32, DatapathError> {
+    Ok(u32::try_from(monotonic()?.0).unwrap_or(u32::MAX))
+}
+
+/// Seconds and nanoseconds of `CLOCK_MONOTONIC`.
+fn monotonic() -> Result<(u64, u64), DatapathError> {
+    let time = clock_gettime(ClockId::CLOCK_MONOTONIC)
+        .map_err(|errno| DatapathError::System { what: "the clock", source: errno.into() })?;
+    // Neither is ever negative on this clock.
+    Ok((time.tv_sec().unsigned_abs(), time.tv_nsec().unsigned_abs()))
+}
+
+/// A number for hashes that is the same for all processes of one boot, so that a restarted program
+/// goes on choosing as before, and that nobody outside can guess.
+pub(crate) fn boot_seed() -> Result<u32, DatapathError> {
+    let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id")
+        .map_err(|source| DatapathError::System { what: "the boot id", source })?;
+    // FNV-1a over random digits.
+    Ok(boot
+        .trim()
+        .bytes()
+        .fold(0x811c_9dc5, |hash: u32, byte| (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193)))
+}
+
 /// The datapath of this node in the kernel.
-pub struct NodeDatapath {}
+pub struct NodeDatapath {
+    folder: PinFolder,
+    writer: Writer<NodeMaps, PodPrograms>,
+    sweeper: FlowSweeper,
+    flows: FlowCounts,
+    fill: MapFill,
+    flow_capacity: [usize; 2],
+    /// Keeps the programs loaded.
+    _loaded: Loaded,
+}
 
 impl NodeDatapath {
-    /// Loads the programs, adopting what an earlier run has pinned.
-    pub fn open(_options: NodeOptions) -> Result<Self, DatapathError> {
-        Err(DatapathError::NoObject)
+    /// Loads the programs, adopting the maps that an earlier run has pinned. Programs that are attached
+    /// already are replaced by the first [`Datapath::apply`] that names their pods.
+    pub fn open(options: NodeOptions) -> Result<Self, DatapathError> {
+        Self::open_with(options, None)
     }
 
-    /// Exports counters of the kernel; independent of the datapath's life.
+    /// The same with a way of attaching other than the kernel's best; for tests of the other way.
+    pub fn open_with(options: NodeOptions, mode: Option<AttachMode>) -> Result<Self, DatapathError> {
+        let NodeOptions { bpffs_root, fou_port, node_ipv4, node_ipv6, max_flows } = options;
+        let folder = PinFolder::open(&bpffs_root, IfUnmounted::Refuse)?;
+        let config = Config {
+            ipv4: node_ipv4.map_or([0; 4], |address| address.octets()),
+            ipv6: node_ipv6.map_or([0; 16], |address| address.octets()),
+            fou_port: fou_port.to_be_bytes(),
+            seed: boot_seed()?,
+            ..Config::default()
+        };
+        let sizes = [(names::MAP_FLOWS_V4, max_flows), (names::MAP_FLOWS_V6, max_flows)];
+        let mut loaded = load(Role::Node, folder.maps(), &config, &sizes)?;
+        let attachable = |name, hook| -> Result<_, LoadError> {
+            Ok(Attachable { name, hook, program: loaded.program(name)? })
+        };
+        let programs = [
+            attachable(names::PROGRAM_FROM_POD, Hook::Ingress)?,
+            attachable(names::PROGRAM_TO_POD, Hook::Egress)?,
+        ];
+        let programs = PodPrograms::new(folder.links()?, programs, mode);
+        let flows = FlowCounts::default();
+        let sweeper = FlowSweeper::new(&mut loaded, flows.clone())?;
+        let capacities: Vec<_> = names::NODE_MAPS
+            .iter()
+            .filter(|map| WRITTEN.contains(map))
+            .map(|map| (*map, loaded.capacity(map)))
+            .collect();
+        let flow_capacity = [loaded.capacity(names::MAP_FLOWS_V4), loaded.capacity(names::MAP_FLOWS_V6)];
+        let maps = NodeMaps::new(&mut loaded)?;
+        let limits = maps.limits();
+        let (seconds, nanoseconds) = monotonic()?;
+        // Hundredths of a second: grows faster than sets are made, and lasts for 497 days.
+        let hundredths = seconds.wrapping_mul(100) + nanoseconds / 10_000_000;
+        let first_set = u32::try_from(hundredths & u64::from(u32::MAX)).unwrap_or(1).max(1);
+        Ok(Self {
+            folder,
+            writer: Writer::new(maps, programs, limits, first_set),
+            sweeper,
+            flows,
+            fill: MapFill::new(&capacities),
+            flow_capacity,
+            _loaded: loaded,
+        })
+    }
+
+    /// Exports counters of the kernel; does not depend on the datapath's life.
     pub fn collector(&self) -> Result<Box<dyn prometheus::core::Collector>, DatapathError> {
-        Err(DatapathError::NoObject)
+        let (flows, fill) = (self.flows.clone(), self.fill.clone());
+        let collector = NodeCollector::open(self.folder.maps(), flows, self.flow_capacity, fill)?;
+        Ok(Box::new(collector))
     }
 }
 
+/// Maps whose entries only the agent makes.
+const WRITTEN: &[&str] = &[
+    names::MAP_PODS,
+    names::MAP_POLICY_V4,
+    names::MAP_POLICY_V6,
+    names::MAP_EGRESS_NAMES,
+    names::MAP_GATEWAYS,
+    names::MAP_PEERS_V4,
+    names::MAP_PEERS_V6,
+];
+
 impl Datapath for NodeDatapath {
-    fn apply(&mut self, _state: &DesiredState) -> Result<ApplyReport, DatapathError> {
-        Err(DatapathError::NoObject)
+    fn apply(&mut self, state: &DesiredState) -> Result<ApplyReport, DatapathError> {
+        let report = self.writer.apply::<DatapathError>(state)?;
+        if let Some(maps) = self.writer.maps() {
+            self.fill.set(maps);
+        }
+        Ok(report)
     }
 
-    fn resync(&mut self) {}
-
-    fn sweep(&mut self, _now: u32, _budget: usize) -> Result<SweepReport, DatapathError> {
-        Err(DatapathError::NoObject)
+    fn resync(&mut self) {
+        self.writer.resync();
     }
 
-    fn gc_gateways(&mut self, _live: &BTreeSet<PodUid>) -> Result<(), DatapathError> {
-        Err(DatapathError::NoObject)
+    fn sweep(&mut self, now: u32, budget: usize) -> Result<SweepReport, DatapathError> {
+        Ok(self.sweeper.sweep(now, budget)?)
+    }
+
+    fn gc_gateways(&mut self, live: &BTreeSet<PodUid>) -> Result<(), DatapathError> {
+        let folder = self.folder.gateways();
+        let entries = match std::fs::read_dir(&folder) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+            entries => entries.map_err(PinError::path("list", &folder))?,
+        };
+        for entry in entries {
+            let entry = entry.map_err(PinError::path("list", &folder))?;
+            let name = entry.file_name();
+            let Some(uid) = name.to_str() else { continue };
+            // A gateway that does not know its UID has a name with a dot; that one ends with its link.
+            let gone = if uid.contains('.') {
+                link_alive(&entry.path().join(names::PROGRAM_GATEWAY))? == Some(false)
+            } else {
+                !live.contains(uid)
+            };
+            if gone {
+                let path = entry.path();
+                std::fs::remove_dir_all(&path).map_err(PinError::path("remove", &path))?;
+                tracing::info!(pod.uid = uid, "removed the pins of a gateway that is gone");
+            }
+        }
+        Ok(())
     }
 }

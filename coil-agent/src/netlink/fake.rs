@@ -103,26 +103,13 @@ impl Netlink for FakeNetlink {
                     source: io::Error::from_raw_os_error(libc::ENOENT),
                 });
             }
-            state
-                .peers
-                .get(&key)
-                .and_then(|index| state.links.get(index))
-                .cloned()
-                .ok_or(NetlinkError::NoHostPeer {
-                    netns: key.0,
-                    name: key.1,
-                    detail: "there is no such interface",
-                })
+            state.peers.get(&key).and_then(|index| state.links.get(index)).cloned().ok_or(
+                NetlinkError::NoHostPeer { netns: key.0, name: key.1, detail: "there is no such interface" },
+            )
         })
     }
 
     async fn route_link(&self, address: IpAddr) -> Result<Option<Link>, NetlinkError> {
-        Ok(self.with(|state| {
-            state
-                .routes
-                .get(&address)
-                .and_then(|index| state.links.get(index))
-                .cloned()
-        }))
+        Ok(self.with(|state| state.routes.get(&address).and_then(|index| state.links.get(index)).cloned()))
     }
 }

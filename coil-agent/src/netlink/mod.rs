@@ -89,10 +89,7 @@ impl NetlinkError {
     /// The interface or name space does not exist (any more).
     #[must_use]
     pub fn is_gone(&self) -> bool {
-        matches!(
-            self.errno(),
-            Some(libc::ENODEV | libc::ENOENT | libc::ENXIO)
-        )
+        matches!(self.errno(), Some(libc::ENODEV | libc::ENOENT | libc::ENXIO))
     }
 }
 
@@ -102,36 +99,19 @@ pub trait Netlink: Send + Sync {
     fn link(&self, index: u32) -> impl Future<Output = Result<Option<Link>, NetlinkError>> + Send;
 
     /// The interface with a name, if there is one.
-    fn link_by_name(
-        &self,
-        name: &str,
-    ) -> impl Future<Output = Result<Option<Link>, NetlinkError>> + Send;
+    fn link_by_name(&self, name: &str) -> impl Future<Output = Result<Option<Link>, NetlinkError>> + Send;
 
     /// All interfaces whose alias begins with `prefix`.
-    fn links_with_alias(
-        &self,
-        prefix: &str,
-    ) -> impl Future<Output = Result<Vec<Link>, NetlinkError>> + Send;
+    fn links_with_alias(&self, prefix: &str) -> impl Future<Output = Result<Vec<Link>, NetlinkError>> + Send;
 
     /// Sets the alias of an interface.
-    fn set_alias(
-        &self,
-        index: u32,
-        alias: &str,
-    ) -> impl Future<Output = Result<(), NetlinkError>> + Send;
+    fn set_alias(&self, index: u32, alias: &str) -> impl Future<Output = Result<(), NetlinkError>> + Send;
 
     /// The other end, on this host, of the interface `name` inside the name space at `netns`.
-    fn host_peer(
-        &self,
-        netns: &Path,
-        name: &str,
-    ) -> impl Future<Output = Result<Link, NetlinkError>> + Send;
+    fn host_peer(&self, netns: &Path, name: &str) -> impl Future<Output = Result<Link, NetlinkError>> + Send;
 
     /// The interface by which packets to an address leave, if there is a route.
-    fn route_link(
-        &self,
-        address: IpAddr,
-    ) -> impl Future<Output = Result<Option<Link>, NetlinkError>> + Send;
+    fn route_link(&self, address: IpAddr) -> impl Future<Output = Result<Option<Link>, NetlinkError>> + Send;
 
     /// The host-side interface of a local pod, by the route to its address: a veth or nothing.
     fn veth_towards(

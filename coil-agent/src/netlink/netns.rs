@@ -16,10 +16,7 @@ where
     T: Send + 'static,
     F: FnOnce() -> T + Send + 'static,
 {
-    let error = |source| NetlinkError::Namespace {
-        path: path.to_path_buf(),
-        source,
-    };
+    let error = |source| NetlinkError::Namespace { path: path.to_path_buf(), source };
     let namespace = File::open(path).map_err(error)?;
     let (sender, receiver) = tokio::sync::oneshot::channel();
     let thread = std::thread::Builder::new()

@@ -26,12 +26,9 @@ pub struct RtNetlink {
 impl RtNetlink {
     /// Opens a socket in the current name space, served by a task of the current runtime.
     pub fn new() -> Result<Self, NetlinkError> {
-        let (connection, handle, _) =
-            rtnetlink::new_connection().map_err(|source| NetlinkError::Request {
-                operation: "open",
-                subject: "a netlink socket".into(),
-                source,
-            })?;
+        let (connection, handle, _) = rtnetlink::new_connection().map_err(|source| {
+            NetlinkError::Request { operation: "open", subject: "a netlink socket".into(), source }
+        })?;
         // Ends when the last handle is gone; every request then fails, so nobody needs to await it.
         tokio::spawn(connection);
         Ok(Self { handle })
@@ -55,21 +52,15 @@ impl RtNetlink {
     /// The number by which our name space knows the one at `path`.
     async fn netns_id(&self, path: &Path) -> Result<Option<i32>, NetlinkError> {
         let subject = || format!("identifier of {}", path.display());
-        let io_error = |source| NetlinkError::Namespace {
-            path: path.to_path_buf(),
-            source,
-        };
+        let io_error = |source| NetlinkError::Namespace { path: path.to_path_buf(), source };
         let file = File::open(path).map_err(io_error)?;
         let mut message = NsidMessage::default();
-        let fd = u32::try_from(file.as_raw_fd())
-            .map_err(|_| io_error(io::ErrorKind::InvalidInput.into()))?;
+        let fd = u32::try_from(file.as_raw_fd()).map_err(|_| io_error(io::ErrorKind::InvalidInput.into()))?;
         message.attributes.push(NsidAttribute::Fd(fd));
         let mut request = NetlinkMessage::from(RouteNetlinkMessage::GetNsId(message));
         request.header.flags = NLM_F_REQUEST;
         let mut handle = self.handle.clone();
-        let mut answers = handle
-            .request(request)
-            .map_err(|error| request_error("read", subject(), error))?;
+        let mut answers = handle.request(request).map_err(|error| request_error("read", subject(), error))?;
         let mut found = None;
         while let Some(answer) = answers.next().await {
             match answer.payload {
@@ -119,20 +110,14 @@ impl Netlink for RtNetlink {
         Ok(messages
             .iter()
             .map(link)
-            .filter(|link| {
-                link.alias
-                    .as_ref()
-                    .is_some_and(|alias| alias.starts_with(prefix))
-            })
+            .filter(|link| link.alias.as_ref().is_some_and(|alias| alias.starts_with(prefix)))
             .collect())
     }
 
     async fn set_alias(&self, index: u32, alias: &str) -> Result<(), NetlinkError> {
         let mut message = LinkMessage::default();
         message.header.index = index;
-        message
-            .attributes
-            .push(LinkAttribute::IfAlias(alias.to_owned()));
+        message.attributes.push(LinkAttribute::IfAlias(alias.to_owned()));
         self.handle
             .link()
             .set(message)
@@ -142,11 +127,8 @@ impl Netlink for RtNetlink {
     }
 
     async fn host_peer(&self, netns: &Path, name: &str) -> Result<Link, NetlinkError> {
-        let problem = |detail| NetlinkError::NoHostPeer {
-            netns: netns.to_path_buf(),
-            name: name.to_owned(),
-            detail,
-        };
+        let problem =
+            |detail| NetlinkError::NoHostPeer { netns: netns.to_path_buf(), name: name.to_owned(), detail };
         let inside = {
             let name = name.to_owned();
             in_netns(netns, move || blocking_link(&name)).await??
@@ -158,10 +140,7 @@ impl Netlink for RtNetlink {
         let (Some(peer), Some(_)) = (inside.peer, inside.peer_netns) else {
             return Err(problem("its peer is in the same name space"));
         };
-        let outside = self
-            .link(peer)
-            .await?
-            .ok_or_else(|| problem("its peer is in a third name space"))?;
+        let outside = self.link(peer).await?.ok_or_else(|| problem("its peer is in a third name space"))?;
         // The index alone may be that of another interface here if the peer lives elsewhere.
         let wanted = self.netns_id(netns).await?;
         if !outside.is_veth()
@@ -182,9 +161,7 @@ impl Netlink for RtNetlink {
         };
         message.header.address_family = family;
         message.header.destination_prefix_length = length;
-        message
-            .attributes
-            .push(RouteAttribute::Destination(destination));
+        message.attributes.push(RouteAttribute::Destination(destination));
         let route = match self.handle.route().get(message).execute().try_next().await {
             Ok(route) => route,
             Err(error) => {
@@ -195,13 +172,10 @@ impl Netlink for RtNetlink {
                 };
             }
         };
-        let index = route
-            .iter()
-            .flat_map(|route| &route.attributes)
-            .find_map(|attribute| match attribute {
-                RouteAttribute::Oif(index) => Some(*index),
-                _ => None,
-            });
+        let index = route.iter().flat_map(|route| &route.attributes).find_map(|attribute| match attribute {
+            RouteAttribute::Oif(index) => Some(*index),
+            _ => None,
+        });
         match index {
             Some(index) => self.link(index).await,
             None => Ok(None),
@@ -211,31 +185,18 @@ impl Netlink for RtNetlink {
 
 /// Reads a link of the current thread's name space with a runtime of its own.
 fn blocking_link(name: &str) -> Result<Option<Link>, NetlinkError> {
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_io()
-        .build()
-        .map_err(|source| NetlinkError::Request {
-            operation: "start",
-            subject: "a runtime".into(),
-            source,
-        })?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build().map_err(|source| {
+        NetlinkError::Request { operation: "start", subject: "a runtime".into(), source }
+    })?;
     runtime.block_on(async { RtNetlink::new()?.link_by_name(name).await })
 }
 
-fn request_error(
-    operation: &'static str,
-    subject: String,
-    error: rtnetlink::Error,
-) -> NetlinkError {
+fn request_error(operation: &'static str, subject: String, error: rtnetlink::Error) -> NetlinkError {
     let source = match error {
         rtnetlink::Error::NetlinkError(message) => message.to_io(),
         other => io::Error::other(other),
     };
-    NetlinkError::Request {
-        operation,
-        subject,
-        source,
-    }
+    NetlinkError::Request { operation, subject, source }
 }
 
 fn link(message: &LinkMessage) -> Link {

@@ -1,0 +1,265 @@
+//! Loads the object for one role, over maps that an earlier run has pinned.
+//!
+//! Pins the maps of the role; those of the other role exist in the object too, but are created with
+//! a single entry and go with the program. Programs are loaded, not attached.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+
+use aya::maps::{Map, MapError};
+use aya::programs::{ProgramError, ProgramFd, SchedClassifier};
+use aya::{Ebpf, EbpfError, EbpfLoader};
+use aya_obj::{Object, ParseError};
+use coil_common::config::{CONFIG, Config};
+use coil_common::names;
+
+use super::object::object;
+use super::pins::PinError;
+use super::sys::{self, MapInfo, ObjectKind};
+
+/// Whose programs and maps are loaded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// `coild`: `from_pod` and `to_pod`.
+    Node,
+    /// `coil-egress`: `gateway`.
+    Gateway,
+}
+
+impl Role {
+    fn maps(self) -> &'static [&'static str] {
+        match self {
+            Self::Node => names::NODE_MAPS,
+            Self::Gateway => names::GATEWAY_MAPS,
+        }
+    }
+
+    fn other(self) -> Self {
+        match self {
+            Self::Node => Self::Gateway,
+            Self::Gateway => Self::Node,
+        }
+    }
+
+    fn programs(self) -> &'static [&'static str] {
+        match self {
+            Self::Node => &[names::PROGRAM_FROM_POD, names::PROGRAM_TO_POD],
+            Self::Gateway => &[names::PROGRAM_GATEWAY],
+        }
+    }
+}
+
+/// Why the object cannot be loaded.
+#[derive(Debug, thiserror::Error)]
+pub enum LoadError {
+    /// This program was built without the object.
+    #[error(
+        "this program was built without the eBPF object; run `cargo xtask build`, which builds \
+         the object first"
+    )]
+    NoObject,
+    /// The object cannot be read.
+    #[error("the embedded eBPF object is damaged")]
+    Parse(#[from] ParseError),
+    /// The object lacks something.
+    #[error("the embedded eBPF object has no {what} {name}")]
+    Missing {
+        /// `map` or `program`.
+        what: &'static str,
+        /// Its name.
+        name: &'static str,
+    },
+    /// A pinned map has another layout.
+    #[error(
+        "{} has {field} {pinned}, this program needs {wanted}: it was pinned by an incompatible \
+         build; remove {} once no pod of this node uses an Egress", path.display(), folder.display()
+    )]
+    Layout {
+        /// The pin.
+        path: PathBuf,
+        /// Folder of all pins of this version.
+        folder: PathBuf,
+        /// What differs.
+        field: &'static str,
+        /// As it is.
+        pinned: u32,
+        /// As it should be.
+        wanted: u32,
+    },
+    /// Something else is pinned where a map should be.
+    #[error("{} is not a map; remove it", path.display())]
+    NotAMap {
+        /// The pin.
+        path: PathBuf,
+    },
+    /// A pin cannot be used.
+    #[error(transparent)]
+    Pin(#[from] PinError),
+    /// Maps cannot be created.
+    #[error("cannot create the maps of the eBPF object")]
+    Load(#[source] Box<EbpfError>),
+    /// The kernel's verifier or the attachment refused a program.
+    #[error("the kernel refused program {program}")]
+    Program {
+        /// Its name.
+        program: &'static str,
+        /// Why; the verifier's log is in the error's text.
+        #[source]
+        source: Box<ProgramError>,
+    },
+    /// A map is not of the type that is expected of it.
+    #[error("map {map} of the eBPF object is not what is expected")]
+    MapType {
+        /// Its name.
+        map: &'static str,
+        /// What differs.
+        #[source]
+        source: MapError,
+    },
+}
+
+/// A loaded object.
+#[derive(Debug)]
+pub(crate) struct Loaded {
+    ebpf: Ebpf,
+    sizes: Vec<(&'static str, u32)>,
+}
+
+/// Loads the programs and maps of `role`, with its maps pinned in `folder` or taken from there. `sizes`
+/// are capacities other than the object's; a map that is pinned keeps its own.
+pub(crate) fn load(
+    role: Role,
+    folder: &Path,
+    config: &Config,
+    sizes: &[(&'static str, u32)],
+) -> Result<Loaded, LoadError> {
+    let bytes = object()?;
+    let definitions = Object::parse(bytes)?;
+    let mut capacities = Vec::new();
+    for &name in role.maps() {
+        let map = definitions.maps.get(name).ok_or(LoadError::Missing { what: "map", name })?;
+        let size = sizes.iter().find(|(sized, _)| *sized == name).map(|(_, size)| *size);
+        let wanted = MapInfo {
+            map_type: map.map_type(),
+            id: 0,
+            key_size: map.key_size(),
+            value_size: map.value_size(),
+            max_entries: size.unwrap_or(map.max_entries()),
+            flags: map.map_flags(),
+        };
+        let pinned = check_pin(&folder.join(name), folder, &wanted, size.is_some())?;
+        capacities.push((name, pinned.unwrap_or(wanted.max_entries)));
+    }
+    let mut loader = EbpfLoader::new();
+    loader.override_global(CONFIG, config, true);
+    for &(name, capacity) in &capacities {
+        loader.map_pin_path(name, folder.join(name)).map_max_entries(name, capacity);
+    }
+    for &name in role.other().maps() {
+        if !role.maps().contains(&name) {
+            loader.map_max_entries(name, 1);
+        }
+    }
+    let mut ebpf = loader.load(bytes).map_err(|error| LoadError::Load(Box::new(error)))?;
+    for &program in role.programs() {
+        let refused = |source| LoadError::Program { program, source: Box::new(source) };
+        let classifier: &mut SchedClassifier = ebpf
+            .program_mut(program)
+            .ok_or(LoadError::Missing { what: "program", name: program })?
+            .try_into()
+            .map_err(refused)?;
+        classifier.load().map_err(refused)?;
+    }
+    Ok(Loaded { ebpf, sizes: capacities })
+}
+
+/// Compares a pin with what it should be; returns its capacity if there is one.
+fn check_pin(
+    path: &Path,
+    folder: &Path,
+    wanted: &MapInfo,
+    size_may_differ: bool,
+) -> Result<Option<u32>, LoadError> {
+    let (fd, kind) = match sys::object_get(path) {
+        Ok(object) => object,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        // A folder, a symbolic link or a file that the file system has put there.
+        Err(error) => return Err(PinError::path("open", path)(error).into()),
+    };
+    if kind != ObjectKind::Map {
+        return Err(LoadError::NotAMap { path: path.to_path_buf() });
+    }
+    let pinned = sys::map_info(&fd).map_err(PinError::path("describe", path))?;
+    let mut fields = vec![
+        ("type", pinned.map_type, wanted.map_type),
+        ("key size", pinned.key_size, wanted.key_size),
+        ("value size", pinned.value_size, wanted.value_size),
+        ("flags", pinned.flags, wanted.flags),
+    ];
+    if size_may_differ {
+        if pinned.max_entries != wanted.max_entries {
+            tracing::warn!(
+                map = %path.display(), capacity = pinned.max_entries, wanted = wanted.max_entries,
+                "a pinned map keeps its capacity, since its entries are in use",
+            );
+        }
+    } else {
+        fields.push(("capacity", pinned.max_entries, wanted.max_entries));
+    }
+    for (field, pinned, wanted) in fields {
+        if pinned != wanted {
+            return Err(LoadError::Layout {
+                path: path.to_path_buf(),
+                folder: folder.to_path_buf(),
+                field,
+                pinned,
+                wanted,
+            });
+        }
+    }
+    Ok(Some(pinned.max_entries))
+}
+
+impl Loaded {
+    /// Takes the typed handle of a map; each can be taken once.
+    pub(crate) fn map<T>(&mut self, map: &'static str) -> Result<T, LoadError>
+    where
+        T: TryFrom<Map, Error = MapError>,
+    {
+        self.ebpf
+            .take_map(map)
+            .ok_or(LoadError::Missing { what: "map", name: map })?
+            .try_into()
+            .map_err(|source| LoadError::MapType { map, source })
+    }
+
+    /// A descriptor of a map whose typed handle has not been taken yet.
+    pub(crate) fn map_fd(&self, map: &'static str) -> Result<OwnedFd, LoadError> {
+        let missing = LoadError::Missing { what: "map", name: map };
+        let fd = match self.ebpf.map(map).ok_or(missing)? {
+            Map::HashMap(data) | Map::PerCpuArray(data) | Map::Array(data) => data.fd().as_fd(),
+            _ => return Err(LoadError::Missing { what: "map of the right type", name: map }),
+        };
+        fd.try_clone_to_owned().map_err(|error| LoadError::MapType { map, source: error.into() })
+    }
+
+    /// Capacity of a map of the role.
+    pub(crate) fn capacity(&self, map: &str) -> usize {
+        let size = self.sizes.iter().find(|(name, _)| *name == map).map_or(0, |(_, size)| *size);
+        usize::try_from(size).unwrap_or(usize::MAX)
+    }
+
+    /// A handle of a loaded program.
+    pub(crate) fn program(&self, program: &'static str) -> Result<ProgramFd, LoadError> {
+        let refused = |source| LoadError::Program { program, source: Box::new(source) };
+        let classifier: &SchedClassifier = self
+            .ebpf
+            .program(program)
+            .ok_or(LoadError::Missing { what: "program", name: program })?
+            .try_into()
+            .map_err(refused)?;
+        let fd = classifier.fd().map_err(refused)?;
+        fd.try_clone().map_err(|error| refused(ProgramError::IOError(error)))
+    }
+}
