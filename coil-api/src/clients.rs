@@ -27,10 +27,7 @@ pub struct EgressRef {
 impl EgressRef {
     /// A reference.
     pub fn new(namespace: impl Into<String>, name: impl Into<String>) -> Self {
-        Self {
-            namespace: namespace.into(),
-            name: name.into(),
-        }
+        Self { namespace: namespace.into(), name: name.into() }
     }
 
     /// The reference to an object.
@@ -68,11 +65,7 @@ impl<'a> From<&'a Pod> for PodFacts<'a> {
             namespace: pod.metadata.namespace.as_deref().unwrap_or_default(),
             labels: pod.labels(),
             annotations: pod.annotations(),
-            host_network: pod
-                .spec
-                .as_ref()
-                .and_then(|s| s.host_network)
-                .unwrap_or(false),
+            host_network: pod.spec.as_ref().and_then(|s| s.host_network).unwrap_or(false),
             finished: matches!(phase, Some("Succeeded" | "Failed")),
         }
     }
@@ -136,10 +129,7 @@ pub fn named_egresses(annotations: &BTreeMap<String, String>) -> Named {
             continue;
         };
         if let Err(source) = labels::check(namespace, Expected::Dns1123Label) {
-            named.errors.push(AnnotationError::Namespace {
-                key: key.clone(),
-                source,
-            });
+            named.errors.push(AnnotationError::Namespace { key: key.clone(), source });
             continue;
         }
         for (index, name) in value.split(',').enumerate() {
@@ -147,11 +137,7 @@ pub fn named_egresses(annotations: &BTreeMap<String, String>) -> Named {
                 Ok(()) => {
                     named.egresses.insert(EgressRef::new(namespace, name));
                 }
-                Err(source) => named.errors.push(AnnotationError::Item {
-                    key: key.clone(),
-                    index,
-                    source,
-                }),
+                Err(source) => named.errors.push(AnnotationError::Item { key: key.clone(), index, source }),
             }
         }
     }
@@ -160,11 +146,7 @@ pub fn named_egresses(annotations: &BTreeMap<String, String>) -> Named {
 
 /// Whether the annotations name one Egress; cheaper than [`named_egresses`].
 #[must_use]
-pub fn names(
-    annotations: &BTreeMap<String, String>,
-    egress_namespace: &str,
-    egress_name: &str,
-) -> bool {
+pub fn names(annotations: &BTreeMap<String, String>, egress_namespace: &str, egress_name: &str) -> bool {
     annotations.iter().any(|(key, value)| {
         key.strip_prefix(ANNOTATION_EGRESS_PREFIX) == Some(egress_namespace)
             && value.split(',').any(|name| name == egress_name)
@@ -184,11 +166,7 @@ pub fn selected_by(
         (Some(selector), _) => labels::selects(selector, namespace_labels),
         (None, Some(_)) => pod.namespace == egress_namespace,
     };
-    by_namespace
-        && client
-            .pod_selector
-            .as_ref()
-            .is_none_or(|selector| labels::selects(selector, pod.labels))
+    by_namespace && client.pod_selector.as_ref().is_none_or(|selector| labels::selects(selector, pod.labels))
 }
 
 /// Why a pod is a client of an Egress; `None` if it is not. `namespace_labels` are those of the pod's
@@ -215,13 +193,8 @@ pub fn client_reason(
 /// Whether a pod is a client of an Egress.
 #[must_use]
 pub fn client_of(egress: &Egress, pod: &Pod, namespace_labels: &BTreeMap<String, String>) -> bool {
-    client_reason(
-        &EgressRef::of(egress),
-        &egress.spec.clients,
-        &PodFacts::from(pod),
-        namespace_labels,
-    )
-    .is_some()
+    client_reason(&EgressRef::of(egress), &egress.spec.clients, &PodFacts::from(pod), namespace_labels)
+        .is_some()
 }
 
 #[cfg(test)]
@@ -230,17 +203,11 @@ mod tests {
     use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector;
 
     fn map(pairs: &[(&str, &str)]) -> BTreeMap<String, String> {
-        pairs
-            .iter()
-            .map(|(k, v)| ((*k).to_owned(), (*v).to_owned()))
-            .collect()
+        pairs.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect()
     }
 
     fn selector(pairs: &[(&str, &str)]) -> LabelSelector {
-        LabelSelector {
-            match_labels: Some(map(pairs)),
-            match_expressions: None,
-        }
+        LabelSelector { match_labels: Some(map(pairs)), match_expressions: None }
     }
 
     #[test]
@@ -251,14 +218,10 @@ mod tests {
             ("egress.coil.cybozu.com/UPPER", "x"),
             ("unrelated/internet", "nope"),
         ]));
-        let want: BTreeSet<_> = [
-            ("internet", "egress"),
-            ("internet", "fast"),
-            ("other", "a"),
-            ("other", "egress"),
-        ]
-        .map(|(ns, name)| EgressRef::new(ns, name))
-        .into();
+        let want: BTreeSet<_> =
+            [("internet", "egress"), ("internet", "fast"), ("other", "a"), ("other", "egress")]
+                .map(|(ns, name)| EgressRef::new(ns, name))
+                .into();
         assert_eq!(named.egresses, want);
         let texts: Vec<_> = named.errors.iter().map(ToString::to_string).collect();
         assert_eq!(texts.len(), 3, "{texts:?}");
@@ -277,14 +240,9 @@ mod tests {
     #[test]
     fn reasons() {
         let egress = EgressRef::new("internet", "egress");
-        let team = EgressClient {
-            namespace_selector: Some(selector(&[("team", "a")])),
-            pod_selector: None,
-        };
-        let local = EgressClient {
-            namespace_selector: None,
-            pod_selector: Some(selector(&[("app", "web")])),
-        };
+        let team = EgressClient { namespace_selector: Some(selector(&[("team", "a")])), pod_selector: None };
+        let local =
+            EgressClient { namespace_selector: None, pod_selector: Some(selector(&[("app", "web")])) };
         let both = EgressClient {
             namespace_selector: Some(LabelSelector::default()),
             pod_selector: Some(selector(&[("app", "web")])),
@@ -305,58 +263,23 @@ mod tests {
 
         let pod = facts("demo", &web, &annotated);
         assert_eq!(ask(&[], &pod, &[]), Some(ClientReason::Annotation));
-        assert_eq!(
-            ask(
-                &[],
-                &PodFacts {
-                    host_network: true,
-                    ..pod
-                },
-                &[]
-            ),
-            None
-        );
-        assert_eq!(
-            ask(
-                &[],
-                &PodFacts {
-                    finished: true,
-                    ..pod
-                },
-                &[]
-            ),
-            None
-        );
+        assert_eq!(ask(&[], &PodFacts { host_network: true, ..pod }, &[]), None);
+        assert_eq!(ask(&[], &PodFacts { finished: true, ..pod }, &[]), None);
 
         let pod = facts("demo", &web, &plain);
         assert_eq!(ask(&[], &pod, &[]), None);
-        assert_eq!(
-            ask(std::slice::from_ref(&team), &pod, &[("team", "a")]),
-            Some(ClientReason::Selector)
-        );
-        assert_eq!(
-            ask(std::slice::from_ref(&team), &pod, &[("team", "b")]),
-            None
-        );
+        assert_eq!(ask(std::slice::from_ref(&team), &pod, &[("team", "a")]), Some(ClientReason::Selector));
+        assert_eq!(ask(std::slice::from_ref(&team), &pod, &[("team", "b")]), None);
         assert_eq!(ask(std::slice::from_ref(&local), &pod, &[]), None);
-        assert_eq!(
-            ask(&[local], &facts("internet", &web, &plain), &[]),
-            Some(ClientReason::Selector)
-        );
-        assert_eq!(
-            ask(std::slice::from_ref(&both), &pod, &[]),
-            Some(ClientReason::Selector)
-        );
+        assert_eq!(ask(&[local], &facts("internet", &web, &plain), &[]), Some(ClientReason::Selector));
+        assert_eq!(ask(std::slice::from_ref(&both), &pod, &[]), Some(ClientReason::Selector));
         assert_eq!(ask(&[both], &facts("demo", &plain, &plain), &[]), None);
         assert_eq!(ask(&[none], &pod, &[]), None);
     }
 
     #[test]
     fn a_name_that_contains_the_name_is_another_one() {
-        let annotations = map(&[(
-            "egress.coil.cybozu.com/internet",
-            "egress2,my-egress, egress",
-        )]);
+        let annotations = map(&[("egress.coil.cybozu.com/internet", "egress2,my-egress, egress")]);
         assert!(!names(&annotations, "internet", "egress"));
         assert!(names(&annotations, "internet", "egress2"));
         assert!(!names(&annotations, "inter", "egress2"));

@@ -99,9 +99,7 @@ pub fn set(conditions: &mut Vec<Condition>, wanted: Wanted, generation: Option<i
 /// Whether the condition `kind` is present and true.
 #[must_use]
 pub fn is_true(conditions: &[Condition], kind: &str) -> bool {
-    conditions
-        .iter()
-        .any(|c| c.type_ == kind && c.status == "True")
+    conditions.iter().any(|c| c.type_ == kind && c.status == "True")
 }
 
 #[cfg(test)]
@@ -114,12 +112,7 @@ mod tests {
     }
 
     fn ready(status: Status, message: &str) -> Wanted {
-        Wanted {
-            kind: READY,
-            status,
-            reason: REASON_NONE_AVAILABLE,
-            message: message.to_owned(),
-        }
+        Wanted { kind: READY, status, reason: REASON_NONE_AVAILABLE, message: message.to_owned() }
     }
 
     #[test]

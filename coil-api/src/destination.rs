@@ -31,8 +31,7 @@ pub fn parse_destination(text: &str) -> Result<IpNet, DestinationError> {
 /// standard library refuses it.
 fn parse_net(text: &str) -> Option<IpNet> {
     let (address, length) = text.split_once('/')?;
-    if !length.bytes().all(|b| b.is_ascii_digit()) || (length.len() > 1 && length.starts_with('0'))
-    {
+    if !length.bytes().all(|b| b.is_ascii_digit()) || (length.len() > 1 && length.starts_with('0')) {
         return None;
     }
     IpNet::new(address.parse().ok()?, length.parse().ok()?).ok()
@@ -55,11 +54,7 @@ mod tests {
             ("::/0", "::/0"),
             ("FD00::1/8", "fd00::/8"),
         ] {
-            assert_eq!(
-                parse_destination(text).map(|n| n.to_string()),
-                Ok(want.to_owned()),
-                "{text}"
-            );
+            assert_eq!(parse_destination(text).map(|n| n.to_string()), Ok(want.to_owned()), "{text}");
         }
     }
 

@@ -56,18 +56,9 @@ pub fn check(text: &str, expected: Expected) -> Result<(), SyntaxError> {
         Expected::LabelValue => text.is_empty() || is_qualified(text),
         Expected::Subdomain => is_subdomain(text),
         Expected::Dns1123Label => is_dns_label(text),
-        Expected::Dns1035Label => {
-            is_dns_label(text) && text.starts_with(|c: char| c.is_ascii_lowercase())
-        }
+        Expected::Dns1035Label => is_dns_label(text) && text.starts_with(|c: char| c.is_ascii_lowercase()),
     };
-    if good {
-        Ok(())
-    } else {
-        Err(SyntaxError {
-            text: text.to_owned(),
-            expected,
-        })
-    }
+    if good { Ok(()) } else { Err(SyntaxError { text: text.to_owned(), expected }) }
 }
 
 fn is_qualified(text: &str) -> bool {
@@ -78,9 +69,7 @@ fn is_qualified(text: &str) -> bool {
     bytes.len() <= 63
         && first.is_ascii_alphanumeric()
         && last.is_ascii_alphanumeric()
-        && bytes
-            .iter()
-            .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.'))
+        && bytes.iter().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.'))
 }
 
 fn is_lower_label(text: &str) -> bool {
@@ -103,17 +92,8 @@ fn is_subdomain(text: &str) -> bool {
 /// unknown operator or missing values selects nothing.
 #[must_use]
 pub fn selects(selector: &LabelSelector, labels: &BTreeMap<String, String>) -> bool {
-    let by_labels = selector
-        .match_labels
-        .iter()
-        .flatten()
-        .all(|(key, value)| labels.get(key) == Some(value));
-    by_labels
-        && selector
-            .match_expressions
-            .iter()
-            .flatten()
-            .all(|requirement| meets(requirement, labels))
+    let by_labels = selector.match_labels.iter().flatten().all(|(key, value)| labels.get(key) == Some(value));
+    by_labels && selector.match_expressions.iter().flatten().all(|requirement| meets(requirement, labels))
 }
 
 fn meets(requirement: &LabelSelectorRequirement, labels: &BTreeMap<String, String>) -> bool {
@@ -148,18 +128,15 @@ pub(crate) fn check_selector(field: &str, selector: &LabelSelector, found: &mut 
         let needs = |operator, needs| Problem::SelectorValues { operator, needs };
         match (requirement.operator.as_str(), has_values) {
             ("In" | "NotIn", true) | ("Exists" | "DoesNotExist", false) => {}
-            ("In", false) => found.push(Violation::new(
-                format!("{field}.values"),
-                needs("In", "needs values"),
-            )),
-            ("NotIn", false) => found.push(Violation::new(
-                format!("{field}.values"),
-                needs("NotIn", "needs values"),
-            )),
-            ("Exists", true) => found.push(Violation::new(
-                format!("{field}.values"),
-                needs("Exists", "takes no values"),
-            )),
+            ("In", false) => {
+                found.push(Violation::new(format!("{field}.values"), needs("In", "needs values")))
+            }
+            ("NotIn", false) => {
+                found.push(Violation::new(format!("{field}.values"), needs("NotIn", "needs values")))
+            }
+            ("Exists", true) => {
+                found.push(Violation::new(format!("{field}.values"), needs("Exists", "takes no values")))
+            }
             ("DoesNotExist", true) => {
                 found.push(Violation::new(
                     format!("{field}.values"),
@@ -168,10 +145,7 @@ pub(crate) fn check_selector(field: &str, selector: &LabelSelector, found: &mut 
             }
             (other, _) => found.push(Violation::new(
                 format!("{field}.operator"),
-                Problem::NotOneOf {
-                    value: other.to_owned(),
-                    allowed: "In, NotIn, Exists, DoesNotExist",
-                },
+                Problem::NotOneOf { value: other.to_owned(), allowed: "In, NotIn, Exists, DoesNotExist" },
             )),
         }
         for value in requirement.values.iter().flatten() {
@@ -187,10 +161,7 @@ mod tests {
     use super::*;
 
     fn labels(pairs: &[(&str, &str)]) -> BTreeMap<String, String> {
-        pairs
-            .iter()
-            .map(|(k, v)| ((*k).to_owned(), (*v).to_owned()))
-            .collect()
+        pairs.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect()
     }
 
     fn expression(key: &str, operator: &str, values: &[&str]) -> LabelSelector {
@@ -199,8 +170,7 @@ mod tests {
             match_expressions: Some(vec![LabelSelectorRequirement {
                 key: key.to_owned(),
                 operator: operator.to_owned(),
-                values: (!values.is_empty())
-                    .then(|| values.iter().map(|v| (*v).to_owned()).collect()),
+                values: (!values.is_empty()).then(|| values.iter().map(|v| (*v).to_owned()).collect()),
             }]),
         }
     }
@@ -224,11 +194,7 @@ mod tests {
             ("1a", Expected::Dns1035Label, false),
             ("a.b", Expected::Dns1035Label, false),
         ] {
-            assert_eq!(
-                check(text, expected).is_ok(),
-                good,
-                "{text:?} as {expected:?}"
-            );
+            assert_eq!(check(text, expected).is_ok(), good, "{text:?} as {expected:?}");
         }
         assert!(check(&"a".repeat(63), Expected::Dns1035Label).is_ok());
         assert!(check(&"a".repeat(64), Expected::Dns1035Label).is_err());

@@ -45,14 +45,10 @@ pub fn egress_annotation(namespace: &str) -> String {
 /// Labels of every object that belongs to the Egress `name`; also the selector of its pods and slices.
 #[must_use]
 pub fn egress_labels(name: &str) -> BTreeMap<String, String> {
-    [
-        (LABEL_APP_NAME, APP_NAME),
-        (LABEL_APP_INSTANCE, name),
-        (LABEL_APP_COMPONENT, COMPONENT_EGRESS),
-    ]
-    .into_iter()
-    .map(|(key, value)| (key.to_owned(), value.to_owned()))
-    .collect()
+    [(LABEL_APP_NAME, APP_NAME), (LABEL_APP_INSTANCE, name), (LABEL_APP_COMPONENT, COMPONENT_EGRESS)]
+        .into_iter()
+        .map(|(key, value)| (key.to_owned(), value.to_owned()))
+        .collect()
 }
 
 /// [`egress_labels`] as a label-selector string, sorted by key.

@@ -73,10 +73,7 @@ pub enum Problem {
 impl Violation {
     /// A problem of a field.
     pub fn new(field: impl Into<String>, problem: impl Into<Problem>) -> Self {
-        Self {
-            field: field.into(),
-            problem: problem.into(),
-        }
+        Self { field: field.into(), problem: problem.into() }
     }
 }
 
@@ -89,9 +86,5 @@ impl fmt::Display for Violation {
 /// All violations in one line.
 #[must_use]
 pub fn describe(violations: &[Violation]) -> String {
-    violations
-        .iter()
-        .map(ToString::to_string)
-        .collect::<Vec<_>>()
-        .join("; ")
+    violations.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ")
 }

@@ -45,8 +45,7 @@ fn print_all() -> Result<(), Box<dyn Error>> {
 }
 
 fn write_all(folder: &Path) -> Result<(), Box<dyn Error>> {
-    std::fs::create_dir_all(folder)
-        .map_err(|e| format!("cannot create {}: {e}", folder.display()))?;
+    std::fs::create_dir_all(folder).map_err(|e| format!("cannot create {}: {e}", folder.display()))?;
     for (name, definition) in definitions() {
         let path = folder.join(name);
         std::fs::write(&path, render(&definition)?)
@@ -58,14 +57,10 @@ fn write_all(folder: &Path) -> Result<(), Box<dyn Error>> {
 fn check_all(folder: &Path) -> Result<(), Box<dyn Error>> {
     for (name, definition) in definitions() {
         let path = folder.join(name);
-        let present = std::fs::read_to_string(&path)
-            .map_err(|e| format!("cannot read {}: {e}", path.display()))?;
+        let present =
+            std::fs::read_to_string(&path).map_err(|e| format!("cannot read {}: {e}", path.display()))?;
         if present != render(&definition)? {
-            return Err(format!(
-                "{} is out of date; run `cargo xtask manifests`",
-                path.display()
-            )
-            .into());
+            return Err(format!("{} is out of date; run `cargo xtask manifests`", path.display()).into());
         }
     }
     Ok(())

@@ -1,9 +1,6 @@
 //! `Egress`: pods of a namespace through which other pods leave the cluster.
 
-#![expect(
-    unreachable_pub,
-    reason = "KubeSchema makes a private copy of the struct that it describes"
-)]
+#![expect(unreachable_pub, reason = "KubeSchema makes a private copy of the struct that it describes")]
 
 mod schema;
 mod validate;
@@ -263,10 +260,7 @@ impl EgressSpec {
     /// # Errors
     /// The first one that is not a CIDR.
     pub fn destination_nets(&self) -> Result<Vec<IpNet>, DestinationError> {
-        self.destinations
-            .iter()
-            .map(|d| parse_destination(d))
-            .collect()
+        self.destinations.iter().map(|d| parse_destination(d)).collect()
     }
 
     /// Parses the exclusions.
@@ -274,10 +268,7 @@ impl EgressSpec {
     /// # Errors
     /// The first one that is not a CIDR.
     pub fn excluded_nets(&self) -> Result<Vec<IpNet>, DestinationError> {
-        self.excluded_destinations
-            .iter()
-            .map(|d| parse_destination(d))
-            .collect()
+        self.excluded_destinations.iter().map(|d| parse_destination(d)).collect()
     }
 }
 

@@ -14,28 +14,17 @@ use super::{Egress, MAX_CLIENTS, MAX_DESTINATIONS};
 #[must_use]
 pub fn crd() -> CustomResourceDefinition {
     let mut crd = Egress::crd();
-    crd.metadata.labels = Some(
-        [(
-            crate::names::LABEL_APP_NAME.to_owned(),
-            crate::names::APP_NAME.to_owned(),
-        )]
-        .into(),
-    );
+    crd.metadata.labels =
+        Some([(crate::names::LABEL_APP_NAME.to_owned(), crate::names::APP_NAME.to_owned())].into());
     crd
 }
 
 pub(super) fn destinations(_: &mut SchemaGenerator) -> Schema {
-    cidrs(
-        "Networks in CIDR notation, IPv4 and IPv6, that clients reach through the egress pods.",
-        1,
-    )
+    cidrs("Networks in CIDR notation, IPv4 and IPv6, that clients reach through the egress pods.", 1)
 }
 
 pub(super) fn excluded_destinations(_: &mut SchemaGenerator) -> Schema {
-    cidrs(
-        "Networks in CIDR notation that clients reach directly although a destination contains them.",
-        0,
-    )
+    cidrs("Networks in CIDR notation that clients reach directly although a destination contains them.", 0)
 }
 
 fn cidrs(description: &str, least: usize) -> Schema {

@@ -28,11 +28,7 @@ fn spec(spec: &EgressSpec, found: &mut Vec<Violation>) {
         found.push(Violation::new("spec.destinations", Problem::Empty));
     }
     networks("spec.destinations", &spec.destinations, found);
-    networks(
-        "spec.excludedDestinations",
-        &spec.excluded_destinations,
-        found,
-    );
+    networks("spec.excludedDestinations", &spec.excluded_destinations, found);
     clients(spec, found);
     at_least("spec.replicas", i64::from(spec.replicas), 1, found);
     strategy(spec, found);
@@ -87,10 +83,7 @@ fn strategy(spec: &EgressSpec, found: &mut Vec<Violation>) {
     if !matches!(kind, "Recreate" | "RollingUpdate") {
         found.push(Violation::new(
             "spec.strategy.type",
-            Problem::NotOneOf {
-                value: kind.to_owned(),
-                allowed: "Recreate, RollingUpdate",
-            },
+            Problem::NotOneOf { value: kind.to_owned(), allowed: "Recreate, RollingUpdate" },
         ));
     }
     if let Some(rolling) = &strategy.rolling_update {
@@ -112,33 +105,20 @@ fn pod_template(template: &EgressPodTemplate, found: &mut Vec<Violation>) {
         keys("spec.template.metadata.labels", &metadata.labels, found);
         for (key, value) in &metadata.labels {
             if let Err(error) = labels::check(value, Expected::LabelValue) {
-                found.push(Violation::new(
-                    format!("spec.template.metadata.labels[{key}]"),
-                    error,
-                ));
+                found.push(Violation::new(format!("spec.template.metadata.labels[{key}]"), error));
             }
         }
-        keys(
-            "spec.template.metadata.annotations",
-            &metadata.annotations,
-            found,
-        );
+        keys("spec.template.metadata.annotations", &metadata.annotations, found);
     }
     if let Some(Err(error)) = template.spec.as_ref().map(super::RawPodSpec::parse) {
-        found.push(Violation::new(
-            "spec.template.spec",
-            Problem::PodSpec(error.to_string()),
-        ));
+        found.push(Violation::new("spec.template.spec", Problem::PodSpec(error.to_string())));
     }
 }
 
 fn pod_disruption_budget(budget: &EgressPdb, found: &mut Vec<Violation>) {
     let field = "spec.podDisruptionBudget";
     if budget.min_available.is_some() && budget.max_unavailable.is_some() {
-        found.push(Violation::new(
-            format!("{field}.minAvailable"),
-            Problem::Exclusive("maxUnavailable"),
-        ));
+        found.push(Violation::new(format!("{field}.minAvailable"), Problem::Exclusive("maxUnavailable")));
     }
     if let Some(value) = &budget.min_available {
         int_or_percent(&format!("{field}.minAvailable"), value, found);
@@ -160,13 +140,9 @@ fn int_or_percent(field: &str, value: &IntOrString, found: &mut Vec<Violation>) 
     match value {
         IntOrString::Int(number) => at_least(field, i64::from(*number), 0, found),
         IntOrString::String(text) => {
-            let digits = text
-                .strip_suffix('%')
-                .filter(|d| !d.is_empty() && d.bytes().all(|b| b.is_ascii_digit()));
-            if !digits
-                .and_then(|d| d.parse::<u64>().ok())
-                .is_some_and(|n| n <= 100)
-            {
+            let digits =
+                text.strip_suffix('%').filter(|d| !d.is_empty() && d.bytes().all(|b| b.is_ascii_digit()));
+            if digits.and_then(|d| d.parse::<u64>().ok()).is_none_or(|n| n > 100) {
                 found.push(Violation::new(field, Problem::Percentage(text.clone())));
             }
         }
