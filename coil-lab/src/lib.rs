@@ -2,6 +2,7 @@
 //! joined by a router namespace; the real Coil programs run in them, started by a stand-in for the kubelet; the API is
 //! embedded, or a real one. The product never depends on this crate.
 
+pub mod api;
 pub mod args;
 pub mod cni;
 pub mod down;

@@ -1,0 +1,1 @@
+//! IP and CIDR functions for CEL.
