@@ -158,10 +158,11 @@ pub struct NatValue6 {
     pub port: [u8; 2],
     /// Zero.
     pub pad: [u8; 2],
-    /// `STATE_*` bits that this direction has shown.
-    pub state: u32,
     /// Seconds since boot of the last packet of this direction.
     pub last_seen: u32,
+    /// `STATE_*` bits that this direction has shown; first half of a double word in every value, for
+    /// the sake of atomic updates.
+    pub state: u32,
     /// Seconds since boot of the first packet of the flow.
     pub created: u32,
     /// IP packets of this direction.

@@ -1,0 +1,376 @@
+//! The maps, and the answers that they give.
+
+use aya_ebpf::{
+    bindings::{BPF_ANY, BPF_F_NO_PREALLOC, BPF_NOEXIST},
+    btf_maps::{Array, HashMap, LpmTrie, PerCpuArray},
+    helpers::generated::bpf_ktime_get_coarse_ns,
+    macros::btf_map,
+    maps::lpm_trie::Key,
+};
+use coil_common::{
+    keys::{
+        ClientKey4, ClientKey6, FlowKey4, FlowKey6, POLICY_SET_BITS, PeerKey4, PeerKey6,
+        PolicyKey4, PolicyKey6,
+    },
+    names,
+    stats::{Direction, DropReason, GatewayStat, egress_stat},
+    values::{
+        ClientValue, Counter, EgressNameValue, EgressValue, FlowValue, GatewayValue, NatValue4,
+        NatValue6, PodValue, PolicyValue,
+    },
+};
+use coil_ebpf::{
+    family::{Family, V4, V6, addr4, addr6, bytes6},
+    tables::{Clock, Full, NatTables, NodeTables, ReserveError, Tally, Translation},
+};
+
+use super::atomic;
+
+const NO_PREALLOC: usize = BPF_F_NO_PREALLOC as usize;
+
+#[btf_map(name = "pods")]
+static PODS: HashMap<u32, PodValue, { names::MAX_PODS }, NO_PREALLOC> = HashMap::new();
+#[btf_map(name = "policy_v4")]
+static POLICY_V4: LpmTrie<PolicyKey4, PolicyValue, { names::MAX_POLICIES }, NO_PREALLOC> =
+    LpmTrie::new();
+#[btf_map(name = "policy_v6")]
+static POLICY_V6: LpmTrie<PolicyKey6, PolicyValue, { names::MAX_POLICIES }, NO_PREALLOC> =
+    LpmTrie::new();
+#[btf_map(name = "egresses")]
+static EGRESSES: Array<EgressValue, { names::MAX_EGRESSES * 2 }> = Array::new();
+#[btf_map(name = "egress_names")]
+static EGRESS_NAMES: Array<EgressNameValue, { names::MAX_EGRESSES }> = Array::new();
+#[btf_map(name = "egress_stats")]
+static EGRESS_STATS: PerCpuArray<Counter, { names::MAX_EGRESSES * 4 }> = PerCpuArray::new();
+#[btf_map(name = "gateways")]
+static GATEWAYS: Array<GatewayValue, { names::MAX_GATEWAYS }> = Array::new();
+#[btf_map(name = "peers_v4")]
+static PEERS_V4: HashMap<PeerKey4, u32, { names::MAX_PEERS }, NO_PREALLOC> = HashMap::new();
+#[btf_map(name = "peers_v6")]
+static PEERS_V6: HashMap<PeerKey6, u32, { names::MAX_PEERS }, NO_PREALLOC> = HashMap::new();
+#[btf_map(name = "flows_v4")]
+static FLOWS_V4: HashMap<FlowKey4, FlowValue, { names::MAX_FLOWS }, NO_PREALLOC> = HashMap::new();
+#[btf_map(name = "flows_v6")]
+static FLOWS_V6: HashMap<FlowKey6, FlowValue, { names::MAX_FLOWS }, NO_PREALLOC> = HashMap::new();
+#[btf_map(name = "clients_v4")]
+static CLIENTS_V4: HashMap<ClientKey4, ClientValue, { names::MAX_CLIENTS }, NO_PREALLOC> =
+    HashMap::new();
+#[btf_map(name = "clients_v6")]
+static CLIENTS_V6: HashMap<ClientKey6, ClientValue, { names::MAX_CLIENTS }, NO_PREALLOC> =
+    HashMap::new();
+#[btf_map(name = "nat_forward_v4")]
+static NAT_FORWARD_V4: HashMap<FlowKey4, NatValue4, { names::MAX_NAT }, NO_PREALLOC> =
+    HashMap::new();
+#[btf_map(name = "nat_forward_v6")]
+static NAT_FORWARD_V6: HashMap<FlowKey6, NatValue6, { names::MAX_NAT }, NO_PREALLOC> =
+    HashMap::new();
+#[btf_map(name = "nat_reverse_v4")]
+static NAT_REVERSE_V4: HashMap<FlowKey4, NatValue4, { names::MAX_NAT }, NO_PREALLOC> =
+    HashMap::new();
+#[btf_map(name = "nat_reverse_v6")]
+static NAT_REVERSE_V6: HashMap<FlowKey6, NatValue6, { names::MAX_NAT }, NO_PREALLOC> =
+    HashMap::new();
+#[btf_map(name = "gateway_stats")]
+static GATEWAY_STATS: PerCpuArray<Counter, { GatewayStat::COUNT }> = PerCpuArray::new();
+#[btf_map(name = "drops")]
+static DROPS: PerCpuArray<Counter, { DropReason::COUNT }> = PerCpuArray::new();
+
+/// `-EEXIST`
+const EXISTS: i32 = -17;
+
+/// All maps.
+pub(super) struct Maps;
+
+/// The pod behind an interface.
+#[inline(always)]
+pub(super) fn pod(ifindex: u32) -> Option<&'static PodValue> {
+    // SAFETY: without preallocation an entry stays until the program ends, even if it is removed.
+    unsafe { PODS.get(ifindex) }
+}
+
+/// Counts a drop.
+#[inline(always)]
+pub(super) fn count_drop(reason: DropReason, counter: &Counter) {
+    if let Some(total) = DROPS.get_ptr_mut(reason.index()) {
+        // SAFETY: a per-CPU value, and programs of one CPU do not interrupt each other here.
+        unsafe { add(total, counter.packets, counter.bytes) }
+    }
+}
+
+/// Adds to a per-CPU counter.
+///
+/// # Safety
+///
+/// `total` points to a per-CPU map value.
+#[inline(always)]
+unsafe fn add(total: *mut Counter, packets: u64, bytes: u64) {
+    // SAFETY: the caller's.
+    unsafe {
+        (*total).packets = (*total).packets.wrapping_add(packets);
+        (*total).bytes = (*total).bytes.wrapping_add(bytes);
+    }
+}
+
+impl Clock for Maps {
+    #[inline(always)]
+    fn now(&self) -> u32 {
+        // SAFETY: the helper has no conditions.
+        let nanoseconds = unsafe { bpf_ktime_get_coarse_ns() };
+        (nanoseconds / 1_000_000_000) as u32
+    }
+}
+
+/// Counts a packet in a flow.
+#[inline(always)]
+fn count_flow(flow: *mut FlowValue, direction: Direction, tally: &Tally) {
+    // SAFETY: `flow` points to a map value that stays until the program ends.
+    unsafe {
+        let (packets, bytes) = match direction {
+            Direction::Tx => (&raw mut (*flow).tx_packets, &raw mut (*flow).tx_bytes),
+            Direction::Rx => (&raw mut (*flow).rx_packets, &raw mut (*flow).rx_bytes),
+        };
+        atomic::add(packets, u64::from(tally.packets));
+        atomic::add(bytes, u64::from(tally.bytes));
+        touch(&raw mut (*flow).last_seen, &raw mut (*flow).state, tally);
+    }
+}
+
+/// Notes time and state, and leaves the cache line alone where they are known.
+///
+/// # Safety
+///
+/// Both point into a map value.
+#[inline(always)]
+unsafe fn touch(last_seen: *mut u32, state: *mut u32, tally: &Tally) {
+    // SAFETY: the caller's.
+    unsafe {
+        if *last_seen != tally.now {
+            *last_seen = tally.now;
+        }
+        if *state & tally.state != tally.state {
+            atomic::or(state, tally.state);
+        }
+    }
+}
+
+macro_rules! node_tables {
+    ($family:ty, $bytes:expr, $policy:ident, $policy_key:ident, $peers:ident, $peer_key:ident, $flows:ident) => {
+        impl NodeTables<$family> for Maps {
+            type Flow = *mut FlowValue;
+
+            #[inline(always)]
+            fn policy(&self, set: u32, dst: &<$family as Family>::Addr) -> Option<u32> {
+                let key = Key::new(
+                    POLICY_SET_BITS + size_of::<<$family as Family>::Addr>() as u32 * 8,
+                    $policy_key {
+                        set: set.to_be_bytes(),
+                        dst: $bytes(*dst),
+                    },
+                );
+                $policy.get(&key).map(|value| value.egress)
+            }
+
+            #[inline(always)]
+            fn egress(&self, index: u32) -> Option<&EgressValue> {
+                EGRESSES.get(index)
+            }
+
+            #[inline(always)]
+            fn gateway(&self, index: u32) -> Option<&GatewayValue> {
+                GATEWAYS.get(index)
+            }
+
+            #[inline(always)]
+            fn is_peer(&self, set: u32, addr: &<$family as Family>::Addr) -> bool {
+                $peers
+                    .get_ptr($peer_key {
+                        set,
+                        addr: $bytes(*addr),
+                    })
+                    .is_some()
+            }
+
+            #[inline(always)]
+            fn flow(&self, key: &<$family as Family>::Key) -> Option<*mut FlowValue> {
+                $flows.get_ptr_mut(key)
+            }
+
+            #[inline(always)]
+            fn flow_value(&self, flow: *mut FlowValue) -> FlowValue {
+                // SAFETY: points to a map value that stays until the program ends.
+                unsafe { *flow }
+            }
+
+            #[inline(always)]
+            fn put_flow(
+                &self,
+                key: &<$family as Family>::Key,
+                value: &FlowValue,
+            ) -> Result<(), Full> {
+                $flows
+                    .insert(key, value, u64::from(BPF_ANY))
+                    .map_err(|_| Full)
+            }
+
+            #[inline(always)]
+            fn decide_flow(&self, flow: *mut FlowValue, value: &FlowValue) {
+                // SAFETY: points to a map value that stays until the program ends. A packet that
+                // reads a mixture finds a generation that does not match, and decides by itself.
+                unsafe {
+                    (*flow).gateway_generation = value.gateway_generation;
+                    (*flow).gateway = value.gateway;
+                    (*flow).egress = value.egress;
+                    (*flow).set = value.set;
+                }
+            }
+
+            #[inline(always)]
+            fn restart_flow(&self, flow: *mut FlowValue) {
+                // SAFETY: points to a map value that stays until the program ends.
+                unsafe { (*flow).state = 0 }
+            }
+
+            #[inline(always)]
+            fn count_flow(&self, flow: *mut FlowValue, direction: Direction, tally: &Tally) {
+                count_flow(flow, direction, tally);
+            }
+
+            #[inline(always)]
+            fn count_egress(&self, egress: u32, direction: Direction, tally: &Tally) {
+                if let Some(total) = EGRESS_STATS.get_ptr_mut(egress_stat(egress, direction)) {
+                    // SAFETY: a per-CPU value.
+                    unsafe { add(total, u64::from(tally.packets), u64::from(tally.bytes)) }
+                }
+            }
+        }
+    };
+}
+
+node_tables!(
+    V4,
+    u32::to_ne_bytes,
+    POLICY_V4,
+    PolicyKey4,
+    PEERS_V4,
+    PeerKey4,
+    FLOWS_V4
+);
+node_tables!(
+    V6, bytes6, POLICY_V6, PolicyKey6, PEERS_V6, PeerKey6, FLOWS_V6
+);
+
+macro_rules! nat_tables {
+    ($family:ty, $bytes:expr, $addr:expr, $nat:ty, $clients:ident, $client_key:ident, $forward:ident, $reverse:ident) => {
+        impl NatTables<$family> for Maps {
+            type Entry = *mut $nat;
+
+            #[inline(always)]
+            fn is_client(&self, addr: &<$family as Family>::Addr) -> bool {
+                $clients
+                    .get_ptr($client_key {
+                        addr: $bytes(*addr),
+                    })
+                    .is_some()
+            }
+
+            #[inline(always)]
+            fn forward(&self, key: &<$family as Family>::Key) -> Option<*mut $nat> {
+                $forward.get_ptr_mut(key)
+            }
+
+            #[inline(always)]
+            fn reverse(&self, key: &<$family as Family>::Key) -> Option<*mut $nat> {
+                $reverse.get_ptr_mut(key)
+            }
+
+            #[inline(always)]
+            fn translation(&self, entry: *mut $nat) -> Translation<$family> {
+                // SAFETY: points to a map value that stays until the program ends.
+                unsafe {
+                    Translation {
+                        addr: $addr((*entry).addr),
+                        port: (*entry).port,
+                        state: (*entry).state,
+                        last_seen: (*entry).last_seen,
+                    }
+                }
+            }
+
+            #[inline(always)]
+            fn reserve(
+                &self,
+                key: &<$family as Family>::Key,
+                value: &<$family as Family>::Nat,
+            ) -> Result<(), ReserveError> {
+                $reverse
+                    .insert(key, value, u64::from(BPF_NOEXIST))
+                    .map_err(|error| match error {
+                        EXISTS => ReserveError::Taken,
+                        _ => ReserveError::Full,
+                    })
+            }
+
+            #[inline(always)]
+            fn release(&self, key: &<$family as Family>::Key) {
+                // An entry that is gone already is as good as removed.
+                if $reverse.remove(key).is_err() {}
+            }
+
+            #[inline(always)]
+            fn put_forward(
+                &self,
+                key: &<$family as Family>::Key,
+                value: &<$family as Family>::Nat,
+            ) -> Result<(), Full> {
+                $forward
+                    .insert(key, value, u64::from(BPF_ANY))
+                    .map_err(|_| Full)
+            }
+
+            #[inline(always)]
+            fn restart(&self, entry: *mut $nat) {
+                // SAFETY: points to a map value that stays until the program ends.
+                unsafe { (*entry).state = 0 }
+            }
+
+            #[inline(always)]
+            fn count_entry(&self, entry: *mut $nat, tally: &Tally) {
+                // SAFETY: points to a map value that stays until the program ends.
+                unsafe {
+                    atomic::add(&raw mut (*entry).packets, u64::from(tally.packets));
+                    atomic::add(&raw mut (*entry).bytes, u64::from(tally.bytes));
+                    touch(&raw mut (*entry).last_seen, &raw mut (*entry).state, tally);
+                }
+            }
+
+            #[inline(always)]
+            fn count_gateway(&self, stat: GatewayStat, packets: u32, bytes: u32) {
+                if let Some(total) = GATEWAY_STATS.get_ptr_mut(stat.index()) {
+                    // SAFETY: a per-CPU value.
+                    unsafe { add(total, u64::from(packets), u64::from(bytes)) }
+                }
+            }
+        }
+    };
+}
+
+nat_tables!(
+    V4,
+    u32::to_ne_bytes,
+    addr4,
+    NatValue4,
+    CLIENTS_V4,
+    ClientKey4,
+    NAT_FORWARD_V4,
+    NAT_REVERSE_V4
+);
+nat_tables!(
+    V6,
+    bytes6,
+    addr6,
+    NatValue6,
+    CLIENTS_V6,
+    ClientKey6,
+    NAT_FORWARD_V6,
+    NAT_REVERSE_V6
+);

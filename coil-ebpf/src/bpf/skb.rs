@@ -1,0 +1,196 @@
+//! A packet in the kernel: direct access to its bytes.
+//!
+//! Every pointer into the packet is derived from `data` and compared with `data_end` right before
+//! its use, as the verifier wants. Helpers that may move the packet invalidate both; the methods
+//! here read them again. The comparison must not be one of a single byte: the compiler turns
+//! `start + 1 > end` into `start >= end`, from which the verifier learns nothing.
+//!
+//! Words are read and written as such wherever they stand, as x86-64 and arm64 allow.
+
+use aya_ebpf::{
+    bindings::__sk_buff,
+    helpers::generated::{bpf_redirect, bpf_skb_pull_data},
+    programs::TcContext,
+};
+use coil_common::stats::DropReason;
+use coil_ebpf::packet::{ETHERNET, Packet};
+
+/// Offsets are smaller than this; the verifier wants to see a bound.
+const MAX_OFFSET: usize = 0x3fff;
+
+/// Bytes that are read or written as words.
+#[repr(C, align(4))]
+struct Words<const N: usize>([u8; N]);
+
+/// Bytes that are read or written as half words.
+#[repr(C, align(2))]
+struct Halves<const N: usize>([u8; N]);
+
+/// A packet.
+pub(super) struct Skb {
+    pub(super) raw: *mut __sk_buff,
+    data: usize,
+    end: usize,
+}
+
+impl Skb {
+    /// Takes a packet from the context of a program.
+    #[inline(always)]
+    pub(super) fn new(ctx: &TcContext) -> Self {
+        let raw = ctx.skb.skb;
+        Self {
+            raw,
+            data: ctx.data(),
+            end: ctx.data_end(),
+        }
+    }
+
+    /// Reads the bounds of the packet again.
+    #[inline(always)]
+    pub(super) fn reload(&mut self) {
+        // SAFETY: the context of a running program is valid.
+        unsafe {
+            self.data = (*self.raw).data as usize;
+            self.end = (*self.raw).data_end as usize;
+        }
+    }
+
+    /// Interface that the program is attached to.
+    #[inline(always)]
+    pub(super) fn ifindex(&self) -> u32 {
+        // SAFETY: the context of a running program is valid.
+        unsafe { (*self.raw).ifindex }
+    }
+
+    /// Sends the packet out of the interface that it came in by.
+    #[inline(always)]
+    pub(super) fn redirect_back(&self) -> i32 {
+        // SAFETY: the helper only notes where the packet goes.
+        unsafe { bpf_redirect(self.ifindex(), 0) as i32 }
+    }
+
+    /// A pointer to `N` bytes of the packet that are readable.
+    #[inline(always)]
+    pub(super) fn bytes<const N: usize>(&self, offset: usize) -> Option<*mut u8> {
+        const { assert!(N > 1) };
+        if offset > MAX_OFFSET {
+            return None;
+        }
+        let start = self.data + offset;
+        if start + N > self.end {
+            return None;
+        }
+        Some(start as *mut u8)
+    }
+
+    /// Writes bytes.
+    #[inline(always)]
+    pub(super) fn store<const N: usize>(
+        &mut self,
+        offset: usize,
+        value: [u8; N],
+    ) -> Result<(), DropReason> {
+        let Some(at) = self.bytes::<N>(offset) else {
+            return Err(DropReason::RewriteFailed);
+        };
+        // SAFETY: `bytes` has compared the range with the end of the packet.
+        unsafe {
+            if N % 4 == 0 {
+                at.cast::<Words<N>>().write(Words(value));
+            } else if N % 2 == 0 {
+                at.cast::<Halves<N>>().write(Halves(value));
+            } else {
+                at.cast::<[u8; N]>().write(value);
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Packet for Skb {
+    #[inline(always)]
+    fn ensure(&mut self, len: usize) -> Result<(), DropReason> {
+        if len > MAX_OFFSET {
+            return Err(DropReason::Truncated);
+        }
+        if self.data + len <= self.end {
+            return Ok(());
+        }
+        if len as u32 > self.length() {
+            return Err(DropReason::Truncated);
+        }
+        // SAFETY: the context of a running program is valid; the bounds are read again.
+        let pulled = unsafe { bpf_skb_pull_data(self.raw, len as u32) };
+        self.reload();
+        if pulled == 0 {
+            Ok(())
+        } else {
+            Err(DropReason::RewriteFailed)
+        }
+    }
+
+    #[inline(always)]
+    fn load<const N: usize>(&self, offset: usize) -> Result<[u8; N], DropReason> {
+        let Some(at) = self.bytes::<N>(offset) else {
+            return Err(DropReason::Truncated);
+        };
+        // SAFETY: `bytes` has compared the range with the end of the packet.
+        Ok(unsafe {
+            if N % 4 == 0 {
+                at.cast::<Words<N>>().read().0
+            } else if N % 2 == 0 {
+                at.cast::<Halves<N>>().read().0
+            } else {
+                at.cast::<[u8; N]>().read()
+            }
+        })
+    }
+
+    #[inline(always)]
+    fn words<const N: usize>(&self, offset: usize) -> Result<[u32; N], DropReason> {
+        let start = self.data + offset;
+        if offset > MAX_OFFSET || start + N * 4 > self.end {
+            return Err(DropReason::Truncated);
+        }
+        // SAFETY: the range has just been compared with the end of the packet.
+        Ok(unsafe { (start as *const [u32; N]).read() })
+    }
+
+    #[inline(always)]
+    fn length(&self) -> u32 {
+        // SAFETY: the context of a running program is valid.
+        unsafe { (*self.raw).len }
+    }
+
+    #[inline(always)]
+    fn gso_size(&self) -> u32 {
+        // SAFETY: the context of a running program is valid.
+        unsafe { (*self.raw).gso_size }
+    }
+
+    #[inline(always)]
+    fn gso_segments(&self) -> u32 {
+        // SAFETY: the context of a running program is valid.
+        unsafe { (*self.raw).gso_segs }
+    }
+}
+
+/// Length of the Ethernet addresses.
+const ADDRESSES: usize = 12;
+
+impl Skb {
+    /// Makes the packet one from here to where it came from.
+    #[inline(always)]
+    pub(super) fn turn_around(&mut self) -> Result<(), DropReason> {
+        let Some(at) = self.bytes::<ETHERNET>(0) else {
+            return Err(DropReason::RewriteFailed);
+        };
+        let at = at.cast::<[u16; ADDRESSES / 2]>();
+        // SAFETY: `bytes` has compared the range with the end of the packet.
+        unsafe {
+            let [a, b, c, d, e, f] = at.read();
+            at.write([d, e, f, a, b, c]);
+        }
+        Ok(())
+    }
+}

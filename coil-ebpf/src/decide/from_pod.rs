@@ -1,0 +1,271 @@
+//! Packets from a pod: source check, egress policy, choice of gateway, encapsulation.
+//!
+//! Fails closed where a packet belongs to an egress: it is tunnelled or dropped, never sent with
+//! another source. What no policy claims passes, whatever it is.
+
+use coil_common::{
+    config::Config,
+    stats::{Direction, DropReason},
+    values::{
+        EGRESS_BLOCK, EGRESS_CLIENT_AFFINITY, EGRESS_DIRECT, EGRESS_SOURCE_PORT_AUTO, EgressValue,
+        FlowValue, GATEWAY_GONE, MAGLEV_SLOTS, NO_POLICY, POD_ANY_SOURCE, POD_GATEWAY, PodValue,
+        STATE_FIN, STATE_REPLY_FIN, STATE_REPLY_RST, STATE_RST,
+    },
+};
+
+use super::wire;
+use crate::{
+    family::Family,
+    flow::{AUTO_PORT_FIRST, AUTO_PORTS, Flow, Hash},
+    head::{Build, Tunnel},
+    packet::{ETHERNET, Packet},
+    parse::{Ip, Parse, l4, mss},
+    tables::{NodeTables, Tally},
+    verdict::{Decision, Rewrite, Verdict, Way},
+};
+
+/// How a tunnelled packet counts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Account<H> {
+    /// Its flow, unless the entry vanished meanwhile.
+    pub flow: Option<H>,
+    /// Its egress.
+    pub egress: u32,
+    /// Its direction.
+    pub direction: Direction,
+    /// Its size.
+    pub tally: Tally,
+}
+
+impl<H: Copy> Account<H> {
+    /// Counts it.
+    #[inline(always)]
+    pub fn commit<F: Family, T: NodeTables<F, Flow = H>>(&self, tables: &T) {
+        if let Some(flow) = self.flow {
+            tables.count_flow(flow, self.direction, &self.tally);
+        }
+        tables.count_egress(self.egress, self.direction, &self.tally);
+    }
+}
+
+/// Decides about a packet from `pod`.
+///
+/// # Errors
+///
+/// Why the packet is dropped.
+#[inline(always)]
+pub fn from_pod<F: Parse + Build, P: Packet, T: NodeTables<F>>(
+    packet: &mut P,
+    pod: &PodValue,
+    config: &Config,
+    tables: &T,
+    rewrite: &mut Rewrite<F>,
+) -> Decision<F, Account<T::Flow>> {
+    let ip = F::parse(packet, ETHERNET)?;
+    if pod.flags & POD_ANY_SOURCE == 0 {
+        // DHCP, duplicate address detection, multicast listener reports: never beyond the link.
+        if F::is_interim_source(&ip.src) {
+            return Ok(Verdict::Pass);
+        }
+        if !F::same(&ip.src, &F::of_pod(pod)) {
+            return Err(DropReason::SpoofedSource);
+        }
+    }
+    if pod.set == NO_POLICY || pod.flags & POD_GATEWAY != 0 || F::is_local_scope(&ip.dst) {
+        return Ok(Verdict::Pass);
+    }
+    let l4 = match l4::parse(packet, &ip) {
+        Ok(l4) => l4,
+        Err(reason) => return unsupported(packet, pod, &ip, reason, tables),
+    };
+
+    let flow = l4.flow(&ip);
+    let key = flow.key();
+    let now = tables.now();
+    let known = tables.flow(&key);
+    let choice = match known.and_then(|entry| kept(entry, pod, tables)) {
+        Some(choice) => choice,
+        None => {
+            let Some(egress) = policy(pod, &ip.dst, tables)? else {
+                return Ok(Verdict::Pass);
+            };
+            choose(egress, pod, &flow, known, config, tables)?
+        }
+    };
+    let egress = tables.egress(choice.value.egress).ok_or(DropReason::EgressUnresolved)?;
+    if wire::exceeds(packet, &ip, &l4, pod.mtu) {
+        return Ok(Verdict::TooBig(wire::refuse(&ip, F::of_config(config), pod.mtu)));
+    }
+    let entry = match choice.change {
+        Change::None => known,
+        Change::Decision => {
+            if let Some(entry) = known {
+                tables.decide_flow(entry, &choice.value);
+            }
+            known
+        }
+        Change::Entry => {
+            let value = FlowValue { last_seen: now, created: now, ..choice.value };
+            if tables.put_flow(&key, &value).is_err() {
+                return Err(DropReason::FlowTableFull);
+            }
+            tables.flow(&key)
+        }
+    };
+    if let (Some(entry), true) = (entry, wire::opens(&l4))
+        && choice.value.state & (STATE_FIN | STATE_RST | STATE_REPLY_FIN | STATE_REPLY_RST) != 0
+    {
+        tables.restart_flow(entry);
+    }
+
+    let hash = flow.hash(config.seed);
+    rewrite.begin(&ip, Way::On);
+    rewrite.clamp(&l4, mss::clamp(packet, &l4, wire::inner_mss::<F>(pod.mtu))?);
+    rewrite.push = Some(Tunnel {
+        src: F::of_pod(pod),
+        dst: choice.gateway,
+        src_port: source_port(egress.flags & EGRESS_SOURCE_PORT_AUTO != 0, hash, config),
+        dst_port: config.fou_port,
+        ecn: ip.tos & 3,
+        inner: (ip.length & 0xffff) as u16,
+        label: hash.bits16(),
+    });
+    let state = wire::shows(&l4, !matches!(choice.change, Change::Entry), &wire::INITIATOR);
+    Ok(Verdict::Rewrite(Account {
+        flow: entry,
+        egress: choice.value.egress,
+        direction: Direction::Tx,
+        tally: wire::tally(packet, &ip, &l4, now, state),
+    }))
+}
+
+/// The outer source port.
+#[inline(always)]
+pub(super) fn source_port(auto: bool, hash: Hash, config: &Config) -> [u8; 2] {
+    if auto {
+        (AUTO_PORT_FIRST + hash.below(AUTO_PORTS)).to_be_bytes()
+    } else {
+        config.fou_port
+    }
+}
+
+/// What must be written to the flow table.
+#[derive(Clone, Copy)]
+enum Change {
+    None,
+    Decision,
+    Entry,
+}
+
+/// Egress and gateway of a flow.
+struct Choice<F: Family> {
+    value: FlowValue,
+    gateway: F::Addr,
+    change: Change,
+}
+
+/// The address of the gateway that a flow uses, if it still serves.
+#[inline(always)]
+fn serving<F: Family, T: NodeTables<F>>(value: &FlowValue, tables: &T) -> Option<F::Addr> {
+    let gateway = tables.gateway(value.gateway)?;
+    (gateway.generation == value.gateway_generation && gateway.state != GATEWAY_GONE)
+        .then(|| F::of_gateway(gateway))
+}
+
+/// The decision that a flow carries, if it is still good.
+#[inline(always)]
+fn kept<F: Family, T: NodeTables<F>>(
+    entry: T::Flow,
+    pod: &PodValue,
+    tables: &T,
+) -> Option<Choice<F>> {
+    let value = tables.flow_value(entry);
+    if value.set != pod.set {
+        return None;
+    }
+    let gateway = serving(&value, tables)?;
+    Some(Choice { value, gateway, change: Change::None })
+}
+
+/// The egress for a destination, `None` if it leaves directly.
+#[inline(always)]
+fn policy<F: Family, T: NodeTables<F>>(
+    pod: &PodValue,
+    dst: &F::Addr,
+    tables: &T,
+) -> Result<Option<u32>, DropReason> {
+    match tables.policy(pod.set, dst) {
+        None | Some(EGRESS_DIRECT) => Ok(None),
+        Some(EGRESS_BLOCK) => Err(DropReason::EgressUnresolved),
+        Some(egress) => Ok(Some(egress)),
+    }
+}
+
+/// Chooses a gateway for a flow: the one that it has as long as it serves the same egress.
+#[inline(always)]
+fn choose<F: Family, T: NodeTables<F>>(
+    index: u32,
+    pod: &PodValue,
+    flow: &Flow<F>,
+    known: Option<T::Flow>,
+    config: &Config,
+    tables: &T,
+) -> Result<Choice<F>, DropReason> {
+    let egress = tables.egress(index).ok_or(DropReason::EgressUnresolved)?;
+    let mut change = Change::Entry;
+    let mut value = FlowValue { set: pod.set, egress: index, ..FlowValue::default() };
+    if let Some(entry) = known {
+        let old = tables.flow_value(entry);
+        if old.egress == index {
+            value = FlowValue { set: pod.set, ..old };
+            change = Change::Decision;
+            if let Some(gateway) = serving(&old, tables) {
+                return Ok(Choice { value, gateway, change });
+            }
+        }
+    }
+    if egress.gateways == 0 {
+        return Err(DropReason::NoGateway);
+    }
+    value.gateway = u32::from(slot(egress, flow, config));
+    let gateway = tables.gateway(value.gateway).ok_or(DropReason::NoGateway)?;
+    if gateway.state == GATEWAY_GONE {
+        return Err(DropReason::NoGateway);
+    }
+    value.gateway_generation = gateway.generation;
+    Ok(Choice { value, gateway: F::of_gateway(gateway), change })
+}
+
+/// The gateway of a new flow.
+#[inline(always)]
+fn slot<F: Family>(egress: &EgressValue, flow: &Flow<F>, config: &Config) -> u16 {
+    const SLOTS: u16 = MAGLEV_SLOTS as u16;
+    let hash = if egress.flags & EGRESS_CLIENT_AFFINITY != 0 {
+        Hash::of_client::<F>(&flow.src)
+    } else {
+        flow.hash(config.seed)
+    };
+    // The compiler knows the bound and would fold it away; the verifier has to see it.
+    let slot = usize::from(core::hint::black_box(hash.below(SLOTS)));
+    egress.table[if slot < MAGLEV_SLOTS { slot } else { 0 }]
+}
+
+/// A packet that cannot be translated: policy says whether that matters.
+#[inline(always)]
+fn unsupported<F: Family, P: Packet, T: NodeTables<F>>(
+    packet: &P,
+    pod: &PodValue,
+    ip: &Ip<F>,
+    reason: DropReason,
+    tables: &T,
+) -> Decision<F, Account<T::Flow>> {
+    if reason as u32 == DropReason::UnsupportedIcmp as u32
+        && packet.load::<2>(ip.l4).is_ok_and(|[kind, _]| F::is_link_icmp(kind))
+    {
+        return Ok(Verdict::Pass);
+    }
+    match policy(pod, &ip.dst, tables)? {
+        None => Ok(Verdict::Pass),
+        Some(_) => Err(reason),
+    }
+}

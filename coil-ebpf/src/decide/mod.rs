@@ -1,0 +1,10 @@
+//! One file per hook: headers and tables in, a verdict out.
+
+mod edit;
+pub mod from_pod;
+pub mod gateway;
+pub mod nat;
+pub mod to_pod;
+mod wire;
+
+pub use wire::dropped;

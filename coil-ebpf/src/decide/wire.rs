@@ -1,0 +1,143 @@
+//! Sizes on the wire: what a GSO packet will be once it is cut into segments.
+
+use coil_common::values::Counter;
+
+use crate::{
+    family::Family,
+    head::TooBig,
+    packet::{ETHERNET, Packet},
+    parse::{Ip, L4, Parse, l4::{ACK, FIN, Kind, RST, SYN}},
+    tables::Tally,
+    verdict::Refusal,
+};
+
+/// How a dropped packet counts.
+#[inline(always)]
+pub fn dropped<P: Packet>(packet: &P) -> Counter {
+    Counter {
+        packets: u64::from(packet.gso_segments().max(1)),
+        bytes: u64::from(packet.length().saturating_sub(ETHERNET as u32)),
+    }
+}
+
+/// Bytes of headers, from the IP header on, that each segment repeats.
+#[inline(always)]
+const fn repeated<F: Family>(ip: &Ip<F>, l4: &L4) -> u32 {
+    (l4.at - ip.at + l4.header) as u32
+}
+
+/// How a packet counts.
+#[inline(always)]
+pub(super) fn tally<F: Family, P: Packet>(
+    packet: &P,
+    ip: &Ip<F>,
+    l4: &L4,
+    now: u32,
+    state: u32,
+) -> Tally {
+    let size = packet.gso_size();
+    if size == 0 {
+        return Tally { packets: 1, bytes: ip.length, now, state };
+    }
+    let headers = repeated(ip, l4);
+    let mut segments = packet.gso_segments();
+    if segments == 0 {
+        // Unknown after a change of the packet's length.
+        segments = ip.length.saturating_sub(headers).div_ceil(size).max(1);
+    }
+    Tally {
+        packets: segments,
+        bytes: ip.length.wrapping_add((segments - 1).wrapping_mul(headers)),
+        now,
+        state,
+    }
+}
+
+/// Largest inner packet where `mtu` bytes may leave.
+#[inline(always)]
+pub(super) const fn inner_mtu<F: Family>(mtu: u32) -> u32 {
+    mtu.saturating_sub(F::OVERHEAD)
+}
+
+/// Largest TCP payload where `mtu` bytes may leave.
+#[inline(always)]
+pub(super) const fn inner_mss<F: Family>(mtu: u32) -> u32 {
+    inner_mtu::<F>(mtu).saturating_sub(F::HEADER as u32 + 20)
+}
+
+/// Some packet on the wire would be larger than `mtu` once tunnelled.
+#[inline(always)]
+pub(super) fn exceeds<F: Family, P: Packet>(packet: &P, ip: &Ip<F>, l4: &L4, mtu: u32) -> bool {
+    let size = packet.gso_size();
+    let largest = if size == 0 { ip.length } else { size + repeated(ip, l4) };
+    // The outer length field has 16 bits and must hold a GSO packet before it is cut.
+    largest > inner_mtu::<F>(mtu) || ip.length > 0xffff - F::OVERHEAD
+}
+
+/// The error about such a packet, from `from`, or from where the packet was going.
+#[inline(always)]
+pub(super) fn refuse<F: Parse>(ip: &Ip<F>, from: F::Addr, mtu: u32) -> Refusal<F> {
+    Refusal {
+        at: ip.at,
+        header: ip.l4 - ip.at,
+        error: TooBig {
+            src: if F::is_zero(&from) { ip.dst } else { from },
+            dst: ip.src,
+            mtu: inner_mtu::<F>(mtu).min(0xffff) as u16,
+        },
+    }
+}
+
+/// What a packet of the initiator, or of the responder, shows of a connection.
+#[inline(always)]
+pub(super) const fn shows(l4: &L4, known: bool, bits: &Bits) -> u32 {
+    let Kind::Tcp(flags) = l4.kind else {
+        return bits.any | if known { bits.more } else { 0 };
+    };
+    let mut state = bits.any;
+    if flags & SYN == 0 {
+        state |= bits.more;
+    } else if flags & ACK == 0 {
+        state |= bits.syn;
+    }
+    if flags & FIN != 0 {
+        state |= bits.fin;
+    }
+    if flags & RST != 0 {
+        state |= bits.rst;
+    }
+    state
+}
+
+/// The `STATE_*` bits of one direction.
+pub(super) struct Bits {
+    any: u32,
+    more: u32,
+    syn: u32,
+    fin: u32,
+    rst: u32,
+}
+
+/// Bits of the initiator.
+pub(super) const INITIATOR: Bits = Bits {
+    any: 0,
+    more: coil_common::values::STATE_CONFIRMED,
+    syn: coil_common::values::STATE_SYN,
+    fin: coil_common::values::STATE_FIN,
+    rst: coil_common::values::STATE_RST,
+};
+
+/// Bits of the responder.
+pub(super) const RESPONDER: Bits = Bits {
+    any: coil_common::values::STATE_REPLY,
+    more: 0,
+    syn: 0,
+    fin: coil_common::values::STATE_REPLY_FIN,
+    rst: coil_common::values::STATE_REPLY_RST,
+};
+
+/// A TCP SYN that opens a connection.
+#[inline(always)]
+pub(super) const fn opens(l4: &L4) -> bool {
+    matches!(l4.kind, Kind::Tcp(flags) if flags & (SYN | ACK | RST | FIN) == SYN)
+}

@@ -1,0 +1,189 @@
+//! IP headers: IPv4 with options, IPv6 with a bounded walk over extension headers.
+//!
+//! A header that cannot be (version, lengths) is an error. A packet that is fine but of no use for
+//! translation (a fragment, unknown extension headers) is not: [`Ip::obstacle`] says so, and only a
+//! caller that needs the transport header complains.
+
+use coil_common::stats::DropReason;
+
+use crate::{
+    family::{Family, V4, V6},
+    packet::Packet,
+};
+
+/// The facts of an IP header.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Ip<F: Family> {
+    /// Offset of the IP header.
+    pub at: usize,
+    /// Offset of the transport header.
+    pub l4: usize,
+    /// Length of the packet from the IP header on.
+    pub length: u32,
+    /// Source.
+    pub src: F::Addr,
+    /// Destination.
+    pub dst: F::Addr,
+    /// Protocol of the transport header.
+    pub protocol: u8,
+    /// First two bytes: version and traffic class.
+    pub first: [u8; 2],
+    /// Type of service or traffic class.
+    pub tos: u8,
+    /// TTL or hop limit.
+    pub ttl: u8,
+    /// The half word that holds it.
+    pub ttl_word: [u8; 2],
+    /// Header checksum, zero in IPv6.
+    pub check: [u8; 2],
+    /// Why the transport header cannot be used, if it cannot.
+    pub obstacle: Option<DropReason>,
+}
+
+impl<F: Family> Ip<F> {
+    /// Offset of the first byte after the packet.
+    #[inline(always)]
+    #[must_use]
+    pub const fn end(&self) -> usize {
+        self.at + self.length as usize
+    }
+
+    /// Bytes from the transport header on.
+    #[inline(always)]
+    #[must_use]
+    pub const fn payload(&self) -> usize {
+        self.end().saturating_sub(self.l4)
+    }
+}
+
+/// Reads an IP header.
+pub trait Parse: Family {
+    /// Reads the IP header at `at`.
+    ///
+    /// # Errors
+    ///
+    /// [`DropReason::Truncated`] if the packet ends before the header or before the length that it
+    /// claims, [`DropReason::Malformed`] if version or lengths are impossible.
+    fn parse<P: Packet>(packet: &mut P, at: usize) -> Result<Ip<Self>, DropReason>;
+}
+
+impl Parse for V4 {
+    #[inline(always)]
+    fn parse<P: Packet>(packet: &mut P, at: usize) -> Result<Ip<Self>, DropReason> {
+        packet.ensure(at + Self::HEADER)?;
+        let [version, tos, l0, l1] = packet.load::<4>(at)?;
+        let [_, _, f0, f1] = packet.load::<4>(at + 4)?;
+        let [ttl, protocol, c0, c1] = packet.load::<4>(at + 8)?;
+        let src = Self::load(packet, at + Self::SRC_AT)?;
+        let dst = Self::load(packet, at + Self::DST_AT)?;
+
+        let header = usize::from(version & 0xf) * 4;
+        let length = u32::from(u16::from_be_bytes([l0, l1]));
+        if version >> 4 != 4 || header < Self::HEADER || (length as usize) < header {
+            return Err(DropReason::Malformed);
+        }
+        if at as u32 + length > packet.length() {
+            return Err(DropReason::Truncated);
+        }
+        // More fragments, or an offset.
+        let fragment = f0 & 0x3f != 0 || f1 != 0;
+        Ok(Ip {
+            at,
+            l4: at + header,
+            length,
+            src,
+            dst,
+            protocol,
+            first: [version, tos],
+            tos,
+            ttl,
+            ttl_word: [ttl, protocol],
+            check: [c0, c1],
+            obstacle: if fragment { Some(DropReason::Fragment) } else { None },
+        })
+    }
+}
+
+/// Extension headers that are walked over before a packet counts as too odd to translate.
+const MAX_EXTENSIONS: usize = 4;
+const HOP_BY_HOP: u8 = 0;
+const ROUTING: u8 = 43;
+const FRAGMENT: u8 = 44;
+const DESTINATION: u8 = 60;
+
+impl Parse for V6 {
+    #[inline(always)]
+    fn parse<P: Packet>(packet: &mut P, at: usize) -> Result<Ip<Self>, DropReason> {
+        packet.ensure(at + Self::HEADER)?;
+        let [v0, v1, _, _] = packet.load::<4>(at)?;
+        let [l0, l1, next, ttl] = packet.load::<4>(at + 4)?;
+        let src = Self::load(packet, at + Self::SRC_AT)?;
+        let dst = Self::load(packet, at + Self::DST_AT)?;
+
+        if v0 >> 4 != 6 {
+            return Err(DropReason::Malformed);
+        }
+        let length = u32::from(u16::from_be_bytes([l0, l1])) + 40;
+        if at as u32 + length > packet.length() {
+            return Err(DropReason::Truncated);
+        }
+        let mut ip = Ip {
+            at,
+            l4: at + Self::HEADER,
+            length,
+            src,
+            dst,
+            protocol: next,
+            first: [v0, v1],
+            tos: (v0 << 4) | (v1 >> 4),
+            ttl,
+            ttl_word: [next, ttl],
+            check: [0; 2],
+            obstacle: None,
+        };
+        if matches!(next, HOP_BY_HOP | ROUTING | FRAGMENT | DESTINATION) {
+            walk(packet, &mut ip);
+        }
+        Ok(ip)
+    }
+}
+
+/// Walks over extension headers until the transport header.
+#[inline(always)]
+fn walk<P: Packet>(packet: &mut P, ip: &mut Ip<V6>) {
+    let mut skipped = 0;
+    for _ in 0..MAX_EXTENSIONS {
+        match ip.protocol {
+            HOP_BY_HOP | ROUTING | DESTINATION => {}
+            FRAGMENT => {
+                ip.obstacle = Some(DropReason::Fragment);
+                return;
+            }
+            _ => return,
+        }
+        let at = ip.at + V6::HEADER + skipped;
+        // Of a routing header that still has segments left the final destination, which the
+        // transport checksum covers, is not in the IP header.
+        let Ok([next, units, _, segments_left]) =
+            packet.ensure(at + 8).and_then(|()| packet.load::<4>(at))
+        else {
+            ip.obstacle = Some(DropReason::Truncated);
+            return;
+        };
+        let length = (usize::from(units) + 1) * 8;
+        if skipped + length > ip.length as usize - V6::HEADER {
+            ip.obstacle = Some(DropReason::Malformed);
+            return;
+        }
+        if ip.protocol == ROUTING && segments_left != 0 {
+            ip.obstacle = Some(DropReason::ExtensionHeaders);
+            return;
+        }
+        ip.protocol = next;
+        skipped += length;
+        ip.l4 = ip.at + V6::HEADER + skipped;
+    }
+    if matches!(ip.protocol, HOP_BY_HOP | ROUTING | FRAGMENT | DESTINATION) {
+        ip.obstacle = Some(DropReason::ExtensionHeaders);
+    }
+}

@@ -1,0 +1,176 @@
+//! Transport headers: TCP, UDP, ICMP echo.
+
+use coil_common::stats::DropReason;
+
+use super::Ip;
+use crate::{
+    family::Family,
+    flow::Flow,
+    head::{TCP, UDP},
+    packet::Packet,
+};
+
+/// TCP flag.
+pub const FIN: u8 = 1 << 0;
+/// TCP flag.
+pub const SYN: u8 = 1 << 1;
+/// TCP flag.
+pub const RST: u8 = 1 << 2;
+/// TCP flag.
+pub const ACK: u8 = 1 << 4;
+
+/// What kind of transport header it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// TCP, with its flags.
+    Tcp(u8),
+    /// UDP.
+    Udp,
+    /// ICMP echo request.
+    EchoRequest,
+    /// ICMP echo reply.
+    EchoReply,
+}
+
+/// The facts of a transport header.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct L4 {
+    /// Its kind.
+    pub kind: Kind,
+    /// Its offset.
+    pub at: usize,
+    /// Its length.
+    pub header: usize,
+    /// Source port as in a flow key.
+    pub src_port: [u8; 2],
+    /// Destination port as in a flow key.
+    pub dst_port: [u8; 2],
+}
+
+impl L4 {
+    /// Offset of the checksum.
+    #[inline(always)]
+    #[must_use]
+    pub const fn check_at(&self) -> usize {
+        match self.kind {
+            Kind::Tcp(_) => self.at + 16,
+            Kind::Udp => self.at + 6,
+            Kind::EchoRequest | Kind::EchoReply => self.at + 2,
+        }
+    }
+
+    /// Offset of the port or identifier that belongs to the sender.
+    #[inline(always)]
+    #[must_use]
+    pub const fn src_port_at(&self) -> usize {
+        match self.kind {
+            Kind::Tcp(_) | Kind::Udp => self.at,
+            Kind::EchoRequest | Kind::EchoReply => self.at + 4,
+        }
+    }
+
+    /// Offset of the port or identifier that belongs to the receiver.
+    #[inline(always)]
+    #[must_use]
+    pub const fn dst_port_at(&self) -> usize {
+        match self.kind {
+            Kind::Tcp(_) | Kind::Udp => self.at + 2,
+            Kind::EchoRequest | Kind::EchoReply => self.at + 4,
+        }
+    }
+
+    /// TCP flags, none for other protocols.
+    #[inline(always)]
+    #[must_use]
+    pub const fn flags(&self) -> u8 {
+        match self.kind {
+            Kind::Tcp(flags) => flags,
+            _ => 0,
+        }
+    }
+
+    /// The flow of the packet.
+    #[inline(always)]
+    #[must_use]
+    pub fn flow<F: Family>(&self, ip: &Ip<F>) -> Flow<F> {
+        Flow {
+            src: ip.src,
+            dst: ip.dst,
+            src_port: self.src_port,
+            dst_port: self.dst_port,
+            protocol: ip.protocol,
+        }
+    }
+}
+
+/// Reads the transport header of a packet.
+///
+/// # Errors
+///
+/// Why the packet cannot be translated: the obstacle of its IP header, a protocol or ICMP message
+/// that is not supported, a header cut short or with impossible lengths.
+#[inline(always)]
+pub fn parse<F: Family, P: Packet>(packet: &mut P, ip: &Ip<F>) -> Result<L4, DropReason> {
+    if let Some(reason) = ip.obstacle {
+        return Err(reason);
+    }
+    let at = ip.l4;
+    let room = ip.payload();
+    if ip.protocol == TCP {
+        if room < 20 {
+            return Err(DropReason::Truncated);
+        }
+        packet.ensure(at + 20)?;
+        let [s0, s1, d0, d1] = packet.load::<4>(at)?;
+        let [offset, flags] = packet.load::<2>(at + 12)?;
+        let header = usize::from(offset >> 4) * 4;
+        if header < 20 || header > room {
+            return Err(DropReason::Malformed);
+        }
+        return Ok(L4 {
+            kind: Kind::Tcp(flags),
+            at,
+            header,
+            src_port: [s0, s1],
+            dst_port: [d0, d1],
+        });
+    }
+    if ip.protocol == UDP {
+        if room < 8 {
+            return Err(DropReason::Truncated);
+        }
+        packet.ensure(at + 8)?;
+        let [s0, s1, d0, d1] = packet.load::<4>(at)?;
+        let length = usize::from(u16::from_be_bytes(packet.load::<2>(at + 4)?));
+        if length < 8 || length > room {
+            return Err(DropReason::Malformed);
+        }
+        return Ok(L4 {
+            kind: Kind::Udp,
+            at,
+            header: 8,
+            src_port: [s0, s1],
+            dst_port: [d0, d1],
+        });
+    }
+    if ip.protocol == F::ICMP {
+        if room < 8 {
+            return Err(DropReason::Truncated);
+        }
+        packet.ensure(at + 8)?;
+        let [kind, code] = packet.load::<2>(at)?;
+        let id = packet.load::<2>(at + 4)?;
+        if code != 0 {
+            return Err(DropReason::UnsupportedIcmp);
+        }
+        let (kind, src_port, dst_port) = if kind == F::ECHO_REQUEST {
+            (Kind::EchoRequest, id, [0; 2])
+        } else if kind == F::ECHO_REPLY {
+            (Kind::EchoReply, [0; 2], id)
+        } else {
+            return Err(DropReason::UnsupportedIcmp);
+        };
+        return Ok(L4 { kind, at, header: 8, src_port, dst_port });
+    }
+    Err(DropReason::UnsupportedProtocol)
+}

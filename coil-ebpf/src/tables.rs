@@ -1,0 +1,134 @@
+//! What the logic may ask of tables, and tell them.
+//!
+//! Methods are named by meaning; which map answers is the business of the implementation. Entries
+//! that are counted are handles, so that an entry is looked up once a packet.
+
+use coil_common::{
+    stats::{Direction, GatewayStat},
+    values::{EgressValue, FlowValue, GatewayValue},
+};
+
+use crate::family::Family;
+
+/// Packets and bytes of one packet as on the wire, and when.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Tally {
+    /// Packets: the segments of a GSO packet.
+    pub packets: u32,
+    /// IP bytes, headers counted for each segment.
+    pub bytes: u32,
+    /// Seconds since boot.
+    pub now: u32,
+    /// `STATE_*` bits that the packet shows.
+    pub state: u32,
+}
+
+/// A table had no room.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Full;
+
+/// Why a reservation failed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ReserveError {
+    /// Somebody else has it.
+    Taken,
+    /// The table has no room.
+    Full,
+}
+
+/// The clock.
+pub trait Clock {
+    /// Seconds since boot.
+    fn now(&self) -> u32;
+}
+
+/// What a node knows.
+pub trait NodeTables<F: Family>: Clock {
+    /// An entry of the flow table.
+    type Flow: Copy;
+
+    /// The policy for a destination: an egress, or one of the `EGRESS_*` marks.
+    fn policy(&self, set: u32, dst: &F::Addr) -> Option<u32>;
+    /// An egress.
+    fn egress(&self, index: u32) -> Option<&EgressValue>;
+    /// A gateway.
+    fn gateway(&self, index: u32) -> Option<&GatewayValue>;
+    /// The address is a gateway of the set.
+    fn is_peer(&self, set: u32, addr: &F::Addr) -> bool;
+    /// A flow, keyed as the pod sends.
+    fn flow(&self, key: &F::Key) -> Option<Self::Flow>;
+    /// Its contents; counters may be torn.
+    fn flow_value(&self, flow: Self::Flow) -> FlowValue;
+    /// Adds a flow, or replaces it with fresh counters.
+    ///
+    /// # Errors
+    ///
+    /// [`Full`] if the table has no room.
+    fn put_flow(&self, key: &F::Key, value: &FlowValue) -> Result<(), Full>;
+    /// Writes the decision of a flow (set, egress, gateway and its generation) and keeps the rest.
+    fn decide_flow(&self, flow: Self::Flow, value: &FlowValue);
+    /// Forgets the `STATE_*` bits of a flow: the same ports start over.
+    fn restart_flow(&self, flow: Self::Flow);
+    /// Counts a packet of a flow.
+    fn count_flow(&self, flow: Self::Flow, direction: Direction, tally: &Tally);
+    /// Counts a packet of an egress.
+    fn count_egress(&self, egress: u32, direction: Direction, tally: &Tally);
+}
+
+/// A translation of one direction.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Translation<F: Family> {
+    /// Address to write.
+    pub addr: F::Addr,
+    /// Port to write.
+    pub port: [u8; 2],
+    /// `STATE_*` bits.
+    pub state: u32,
+    /// Seconds since boot of the last packet.
+    pub last_seen: u32,
+}
+
+/// Who owns the external address and its ports: a gateway its own; later, a node a leased block.
+pub trait Ports<F: Family> {
+    /// The address that the world sees.
+    fn address(&self) -> F::Addr;
+    /// First and last port that may be used.
+    fn range(&self) -> (u16, u16);
+    /// The port must not be used although it is inside the range.
+    fn is_excluded(&self, port: u16) -> bool;
+}
+
+/// What a gateway knows.
+pub trait NatTables<F: Family>: Clock {
+    /// An entry of a translation table.
+    type Entry: Copy;
+
+    /// The address is a client.
+    fn is_client(&self, addr: &F::Addr) -> bool;
+    /// A translation from a client, keyed as it sends.
+    fn forward(&self, key: &F::Key) -> Option<Self::Entry>;
+    /// A translation of replies, keyed as the remote sends.
+    fn reverse(&self, key: &F::Key) -> Option<Self::Entry>;
+    /// The contents of an entry.
+    fn translation(&self, entry: Self::Entry) -> Translation<F>;
+    /// Adds a reverse entry if there is none: this takes the port.
+    ///
+    /// # Errors
+    ///
+    /// [`ReserveError`] if another flow has it, or there is no room.
+    fn reserve(&self, key: &F::Key, value: &F::Nat) -> Result<(), ReserveError>;
+    /// Gives a reservation up.
+    fn release(&self, key: &F::Key);
+    /// Adds or replaces a forward entry.
+    ///
+    /// # Errors
+    ///
+    /// [`Full`] if the table has no room.
+    fn put_forward(&self, key: &F::Key, value: &F::Nat) -> Result<(), Full>;
+    /// Forgets the `STATE_*` bits of an entry: the same ports start over.
+    fn restart(&self, entry: Self::Entry);
+    /// Counts a packet of an entry.
+    fn count_entry(&self, entry: Self::Entry, tally: &Tally);
+    /// Counts something.
+    fn count_gateway(&self, stat: GatewayStat, packets: u32, bytes: u32);
+}
