@@ -1,6 +1,9 @@
 //! What this node's datapath should look like: the contract between the picture of the cluster
 //! (`index`) and the maps (`datapath`). Plain immutable data; built purely, compared by value.
 
+pub mod build;
+pub mod policy;
+
 use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
