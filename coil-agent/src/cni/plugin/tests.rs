@@ -1,0 +1,145 @@
+#![allow(clippy::unwrap_used, clippy::panic, reason = "tests")]
+
+use super::*;
+
+fn environment(command: &str) -> Environment {
+    let pairs = [
+        ("CNI_COMMAND", command),
+        ("CNI_CONTAINERID", "c1"),
+        ("CNI_NETNS", "/run/netns/a"),
+        ("CNI_IFNAME", "eth0"),
+        ("CNI_ARGS", "IgnoreUnknown=1;K8S_POD_NAMESPACE=demo;K8S_POD_NAME=a;X=y"),
+    ];
+    let variables = pairs.map(|(k, v)| (k.to_owned(), v.to_owned())).into();
+    Environment { variables }
+}
+
+fn config(version: &str, extra: Value) -> Vec<u8> {
+    let mut config = json!({"cniVersion": version, "name": "net", "type": "coil",
+        "socket": "/nonexistent/coild.sock"});
+    for (key, value) in extra.as_object().unwrap() {
+        config[key] = value.clone();
+    }
+    config.to_string().into_bytes()
+}
+
+fn previous() -> Value {
+    json!({"cniVersion": "0.4.0",
+        "interfaces": [{"name": "veth1", "mac": "aa"}, {"name": "eth0", "sandbox": "/run/netns/a"}],
+        "ips": [{"version": "4", "interface": 1, "address": "10.0.0.2/24", "gateway": "10.0.0.1"},
+            {"version": "6", "address": "fd00::2/64"}],
+        "routes": [{"dst": "0.0.0.0/0"}], "dns": {}, "vendor": {"x": 1}})
+}
+
+fn failure(environment: &Environment, input: &[u8]) -> PluginError {
+    run(environment, input).0.unwrap_err()
+}
+
+#[test]
+fn version_is_answered_alone() {
+    let (answer, _) = run(&environment("VERSION"), br#"{"cniVersion":"0.4.0"}"#);
+    let answer = answer.unwrap().unwrap();
+    assert_eq!(answer["cniVersion"], "0.4.0");
+    assert_eq!(answer["supportedVersions"], json!(["0.3.1", "0.4.0", "1.0.0", "1.1.0"]));
+}
+
+#[test]
+fn mistakes_have_the_codes_of_the_specification() {
+    let add = environment("ADD");
+    let without = |key: &str| {
+        let mut environment = environment("ADD");
+        environment.variables.remove(key);
+        environment
+    };
+    let with = |key: &str, value: &str| {
+        let mut environment = environment("ADD");
+        environment.variables.insert(key.into(), value.into());
+        environment
+    };
+    let good = config("1.0.0", json!({}));
+    for (environment, input, code) in [
+        (&add, b"{".to_vec(), 6),
+        (&add, b"[]".to_vec(), 7),
+        (&add, config("9.9.9", json!({})), 1),
+        (&add, config("1.0.0", json!({"name": ""})), 7),
+        (&add, config("1.0.0", json!({"name": "a/b"})), 7),
+        (&add, config("1.0.0", json!({"prevResult": 1})), 7),
+        (&add, config("1.0.0", json!({"prevResult": {"ips": [{"address": "x"}]}})), 7),
+        (&without("CNI_CONTAINERID"), good.clone(), 4),
+        (&without("CNI_NETNS"), good.clone(), 4),
+        (&without("CNI_IFNAME"), good.clone(), 4),
+        (&with("CNI_IFNAME", "a/b"), good.clone(), 4),
+        (&with("CNI_IFNAME", "a234567890123456"), good.clone(), 4),
+        (&with("CNI_CONTAINERID", "../x"), good.clone(), 4),
+        (&with("CNI_ARGS", "nonsense"), good.clone(), 4),
+        (&environment_of("WHAT"), good.clone(), 4),
+        (&environment_of("CHECK"), config("0.3.1", json!({})), 1),
+        (&environment_of("CHECK"), config("1.0.0", json!({})), 7),
+        (&environment_of("GC"), config("1.0.0", json!({})), 1),
+        (&environment_of("STATUS"), config("1.0.0", json!({})), 1),
+        (&environment_of("STATUS"), config("1.1.0", json!({})), 50),
+        // coild is not running.
+        (&add, good.clone(), 11),
+    ] {
+        let error = failure(environment, &input);
+        assert_eq!(error.code, code, "{error:?} for {}", String::from_utf8_lossy(&input));
+    }
+    assert_eq!(run(&environment_of("GC"), &config("1.1.0", json!({}))).0, Ok(None));
+}
+
+fn environment_of(command: &str) -> Environment {
+    environment(command)
+}
+
+#[test]
+fn errors_are_told_in_the_version_of_the_configuration() {
+    let (answer, version) = run(&environment("ADD"), &config("0.4.0", json!({})));
+    let text = answer.unwrap_err().to_json(version);
+    assert_eq!(text["cniVersion"], "0.4.0");
+    assert_eq!(text["code"], 11);
+}
+
+#[test]
+fn arguments_for_coild() {
+    let input = config("0.4.0", json!({"prevResult": previous()}));
+    let config = NetConf::parse(&input).unwrap();
+    let args = arguments(&environment("ADD"), &config, &input, true).unwrap();
+    assert_eq!(args.ips, ["10.0.0.2", "fd00::2"]);
+    assert_eq!(args.interfaces, [("veth1".into(), false), ("eth0".into(), true)].into());
+    assert_eq!(
+        args.args,
+        [
+            ("K8S_POD_NAMESPACE".into(), "demo".into()),
+            ("K8S_POD_NAME".into(), "a".into()),
+            ("IS_CHAINED".into(), "true".into()),
+        ]
+        .into()
+    );
+}
+
+#[test]
+fn a_deleted_namespace_does_not_stop_del() {
+    let mut environment = environment("DEL");
+    environment.variables.remove("CNI_NETNS");
+    let input = config("0.4.0", json!({}));
+    let config = NetConf::parse(&input).unwrap();
+    assert!(arguments(&environment, &config, &input, false).is_ok());
+}
+
+#[test]
+fn results_are_passed_on_in_the_version_of_the_configuration() {
+    let same = result::convert(&previous(), Version::V0_4_0).unwrap();
+    assert_eq!(same, previous());
+    let newer = result::convert(&previous(), Version::V1_0_0).unwrap();
+    assert_eq!(newer["cniVersion"], "1.0.0");
+    assert_eq!(newer["ips"][0], json!({"interface": 1, "address": "10.0.0.2/24", "gateway": "10.0.0.1"}));
+    assert_eq!(newer["vendor"], json!({"x": 1}));
+    let mut newest = newer.clone();
+    newest["interfaces"][0]["mtu"] = json!(1400);
+    let older = result::convert(&newest, Version::V0_3_1).unwrap();
+    assert_eq!(older["ips"][0]["version"], "4");
+    assert_eq!(older["ips"][1]["version"], "6");
+    assert!(older["interfaces"][0].get("mtu").is_none());
+    let kept = result::convert(&newest, Version::V1_1_0).unwrap();
+    assert_eq!(kept["interfaces"][0]["mtu"], 1400);
+}
