@@ -1,5 +1,17 @@
 //! The Coil node agent (`coild`), the CNI plugin (`coil`) and the egress gateway (`coil-egress`).
 
+pub mod app;
+pub mod args;
+pub mod cni;
 pub mod datapath;
 pub mod desired;
+pub mod events;
+pub mod index;
+pub mod installer;
+pub mod local;
+pub mod metrics;
 pub mod netlink;
+pub mod programs;
+pub mod state;
+pub mod watch;
+pub mod writer;

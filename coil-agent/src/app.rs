@@ -1,0 +1,226 @@
+//! The order in which `coild` starts and the tasks that it consists of. Nothing else spawns tasks.
+
+use std::collections::BTreeSet;
+use std::future::Future;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context;
+use coil_common::ABI_VERSION;
+use coil_runtime::readiness::Readiness;
+use coil_runtime::tasks::{Drain, Tasks};
+use coil_runtime::{admin, kube_client, metrics, telemetry};
+use k8s_openapi::api::core::v1::Node;
+use kube::{Api, Client};
+
+use crate::args::{CoildArgs, DatapathArgs, UninstallArgs};
+use crate::cni::pod::Pods;
+use crate::cni::proto::cni_server::SERVICE_NAME;
+use crate::cni::server;
+use crate::datapath::{Datapath, NodeDatapath, NodeOptions};
+use crate::desired::DesiredState;
+use crate::local::{adopt_pods, watch_links};
+use crate::metrics::{GrpcMetrics, StateMetrics, WatchMetrics};
+use crate::netlink::RtNetlink;
+use crate::state::State;
+use crate::writer::Writer;
+use crate::{events, watch};
+
+/// Name of the program.
+pub const NAME: &str = "coild";
+/// Time for tasks to finish what they have begun.
+const DRAIN: Duration = Duration::from_secs(20);
+/// Time to ask the API server about our own node.
+const NODE_TIMEOUT: Duration = Duration::from_secs(3);
+
+/// Runs `coild` until a signal or a failure. The datapath stays pinned and goes on forwarding.
+pub async fn run(args: CoildArgs) -> anyhow::Result<()> {
+    args.check()?;
+    let CoildArgs {
+        metrics_addr,
+        health_addr,
+        socket,
+        node_name: node,
+        features: _,
+        datapath: datapath_args,
+        log,
+        legacy,
+    } = args;
+    let log = telemetry::init(NAME, &log)?;
+    for flag in legacy.given() {
+        tracing::info!(flag, "this flag of the original has no effect");
+    }
+    let registry = metrics::registry(NAME)?;
+    let watch_metrics = WatchMetrics::register(&registry)?;
+    let state_metrics = StateMetrics::register(&registry)?;
+    let grpc_metrics = GrpcMetrics::register(&registry, SERVICE_NAME, &server::METHODS)?;
+    let health = admin::bind("--health-addr", &health_addr).await?;
+    let metrics = admin::bind("--metrics-addr", &metrics_addr).await?;
+    let readiness = Readiness::new();
+    let listed = readiness.blocker("first-lists");
+    let programmed = readiness.blocker("datapath");
+    let socket_bound = readiness.blocker("cni-socket");
+
+    let client = kube_client::client(NAME).await?;
+    let netlink = Arc::new(RtNetlink::new()?);
+    let (state, handle, snapshots) = State::new();
+    let datapath = open_datapath(&client, &node, datapath_args).await?;
+    registry.register(datapath.collector()?)?;
+    let (writer, applied) = Writer::new(datapath, snapshots.clone(), state_metrics);
+    let listener = server::bind(&socket)?;
+    tracing::info!(socket = %socket.display(), "listening for the CNI plugin");
+    drop(socket_bound);
+
+    let mut tasks = Tasks::new()?;
+    tasks.spawn("health server", |drain| admin::serve_health(health, readiness.clone(), log, drain));
+    tasks.spawn("metrics server", |drain| admin::serve_metrics(metrics, registry.clone(), drain));
+    // Ends when all handles are gone, thus after whoever may still have something to tell.
+    tasks.spawn("state", |_| async {
+        state.run().await;
+        anyhow::Ok(())
+    });
+    tasks.spawn("writer", |drain| writer.run(drain, move || drop(programmed)));
+    tasks.spawn("interface monitor", |drain| {
+        until(drain, watch_links(Arc::clone(&netlink), handle.clone(), snapshots.clone()))
+    });
+    tasks.spawn("pod adoption", |drain| {
+        until(drain, adopt_pods(Arc::clone(&netlink), handle.clone(), snapshots.clone()))
+    });
+    tasks.spawn("pod watch", |drain| {
+        let (client, node) = (client.clone(), node.clone());
+        until(drain, watch::pods(client, node, handle.clone(), watch_metrics.clone()))
+    });
+    tasks.spawn("Egress watch", |drain| {
+        until(drain, watch::egresses(client.clone(), handle.clone(), watch_metrics.clone()))
+    });
+    tasks.spawn("EndpointSlice watch", |drain| {
+        until(drain, watch::slices(client.clone(), handle.clone(), watch_metrics.clone()))
+    });
+    tasks.spawn("namespace watch", |drain| {
+        until(drain, watch::namespaces(client.clone(), handle.clone(), watch_metrics.clone()))
+    });
+    tasks.spawn("events", |drain| until(drain, events::publish(client.clone(), node, snapshots.clone())));
+    tasks.spawn("readiness", |drain| {
+        let mut snapshots = snapshots.clone();
+        until(drain.clone(), async move {
+            snapshots.wait_for(|snapshot| snapshot.desired.complete).await?;
+            drop(listed);
+            drain.cancelled().await;
+            anyhow::Ok(())
+        })
+    });
+    tasks.spawn("CNI server", |drain| {
+        let pods = Pods::new(client, netlink, handle, snapshots, applied);
+        server::serve(listener, pods, grpc_metrics, drain)
+    });
+    tasks.run(DRAIN).await?;
+    tracing::info!("ended; the datapath goes on forwarding");
+    Ok(())
+}
+
+/// Runs a task until it ends or the drain begins.
+async fn until<E>(drain: Drain, task: impl Future<Output = Result<(), E>> + Send) -> Result<(), E> {
+    drain.run_until_cancelled_owned(task).await.unwrap_or(Ok(()))
+}
+
+async fn open_datapath(client: &Client, node: &str, args: DatapathArgs) -> anyhow::Result<NodeDatapath> {
+    let DatapathArgs { egress_port, bpffs_root, max_flows } = args;
+    let (node_ipv4, node_ipv6) = node_addresses(client, node).await;
+    tracing::info!(?node_ipv4, ?node_ipv6, "source of ICMP errors to pods");
+    let options = NodeOptions { bpffs_root, fou_port: egress_port, node_ipv4, node_ipv6, max_flows };
+    tokio::task::spawn_blocking(move || NodeDatapath::open(options))
+        .await?
+        .context("cannot open the datapath")
+}
+
+/// Addresses of this node: what the API says, else what packets to the outside would have. They only
+/// serve as the source of ICMP errors, so that it is no failure to have none.
+async fn node_addresses(client: &Client, node: &str) -> (Option<Ipv4Addr>, Option<Ipv6Addr>) {
+    let api: Api<Node> = Api::all(client.clone());
+    let addresses: Vec<IpAddr> = match tokio::time::timeout(NODE_TIMEOUT, api.get(node)).await {
+        Ok(Ok(object)) => object
+            .status
+            .into_iter()
+            .flat_map(|status| status.addresses.unwrap_or_default())
+            .filter(|address| address.type_ == "InternalIP")
+            .filter_map(|address| address.address.parse().ok())
+            .collect(),
+        Ok(Err(error)) => {
+            tracing::warn!(%error, "cannot read our own Node");
+            Vec::new()
+        }
+        Err(_) => {
+            tracing::warn!("no answer about our own Node from the API server");
+            Vec::new()
+        }
+    };
+    let ipv4 = addresses.iter().find_map(|address| match address {
+        IpAddr::V4(address) => Some(*address),
+        IpAddr::V6(_) => None,
+    });
+    let ipv6 = addresses.iter().find_map(|address| match address {
+        IpAddr::V4(_) => None,
+        IpAddr::V6(address) => Some(*address),
+    });
+    if ipv4.is_some() || ipv6.is_some() {
+        return (ipv4, ipv6);
+    }
+    let outside_v4 = SocketAddr::from((Ipv4Addr::new(192, 0, 0, 10), 9));
+    let outside_v6 = SocketAddr::from((Ipv6Addr::new(0x2001, 1, 0, 0, 0, 0, 0, 2), 9));
+    let v4 = match source_towards(outside_v4) {
+        Some(IpAddr::V4(address)) => Some(address),
+        _ => None,
+    };
+    let v6 = match source_towards(outside_v6) {
+        Some(IpAddr::V6(address)) => Some(address),
+        _ => None,
+    };
+    (v4, v6)
+}
+
+/// The address that packets to another would have as their source. Nothing is sent.
+fn source_towards(outside: SocketAddr) -> Option<IpAddr> {
+    let any: IpAddr = match outside {
+        SocketAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
+        SocketAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
+    };
+    let socket = UdpSocket::bind((any, 0)).ok()?;
+    socket.connect(outside).ok()?;
+    Some(socket.local_addr().ok()?.ip())
+}
+
+/// Runs `coild uninstall`.
+pub async fn uninstall(args: UninstallArgs) -> anyhow::Result<()> {
+    let UninstallArgs { bpffs_root, log } = args;
+    telemetry::init(NAME, &log)?;
+    let pins = bpffs_root.join(format!("v{ABI_VERSION}"));
+    if !pins.try_exists()? {
+        println!("nothing is installed at {}", pins.display());
+        return Ok(());
+    }
+    tokio::task::spawn_blocking(move || remove(bpffs_root, pins)).await?
+}
+
+fn remove(bpffs_root: PathBuf, pins: PathBuf) -> anyhow::Result<()> {
+    let options = NodeOptions {
+        bpffs_root,
+        fou_port: 5555,
+        node_ipv4: None,
+        node_ipv6: None,
+        max_flows: u32::try_from(coil_common::names::MAX_FLOWS)?,
+    };
+    let nothing = DesiredState { complete: true, ..DesiredState::default() };
+    // Programs that hang on filters, not on links, must be taken away one by one.
+    let detached = NodeDatapath::open(options).and_then(|mut datapath| {
+        datapath.gc_gateways(&BTreeSet::new())?;
+        datapath.apply(&nothing)
+    });
+    if let Err(error) = &detached {
+        tracing::warn!(%error, "cannot detach in good order; removing all pins");
+    }
+    std::fs::remove_dir_all(&pins).with_context(|| format!("cannot remove {}", pins.display()))?;
+    println!("removed {}", pins.display());
+    Ok(())
+}

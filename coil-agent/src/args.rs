@@ -1,0 +1,203 @@
+//! Command lines of `coild` and `coild uninstall`.
+
+use std::path::PathBuf;
+
+use clap::{ArgAction, Args, Parser};
+use coil_common::names;
+use coil_runtime::admin::ListenAddr;
+use coil_runtime::telemetry::LogArgs;
+
+/// The node agent of Coil: keeps the datapath of this node as Pods and Egresses ask for.
+#[derive(Parser, Clone, Debug)]
+pub struct CoildArgs {
+    /// Address of the metrics server.
+    #[arg(long, env = "COIL_METRICS_ADDR", default_value = ":9384")]
+    pub metrics_addr: ListenAddr,
+    /// Address of the health server.
+    #[arg(long, env = "COIL_HEALTH_ADDR", default_value = ":9385")]
+    pub health_addr: ListenAddr,
+    /// UNIX socket for the CNI plugin.
+    #[arg(long, env = "COIL_SOCKET", default_value = "/run/coild.sock")]
+    pub socket: PathBuf,
+    /// Name of the node that this agent runs on.
+    #[arg(long, env = "COIL_NODE_NAME", default_value = "", hide_default_value = true)]
+    pub node_name: String,
+    /// What the agent does on this node.
+    #[command(flatten)]
+    pub features: FeatureArgs,
+    /// The datapath.
+    #[command(flatten)]
+    pub datapath: DatapathArgs,
+    /// Logging.
+    #[command(flatten)]
+    pub log: LogArgs,
+    /// Flags of the original that have no effect.
+    #[command(flatten)]
+    pub legacy: LegacyArgs,
+}
+
+/// What the agent does on this node.
+#[derive(Args, Clone, Debug)]
+pub struct FeatureArgs {
+    /// Hand out addresses to pods.
+    #[arg(long, env = "COIL_ENABLE_IPAM", default_value_t = true, action = ArgAction::Set,
+          num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    pub enable_ipam: bool,
+    /// Let pods leave the cluster through Egresses.
+    #[arg(long, env = "COIL_ENABLE_EGRESS", default_value_t = true, action = ArgAction::Set,
+          num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    pub enable_egress: bool,
+    /// Send only connections that a pod opens through Egresses, not its answers to others.
+    #[arg(long, env = "COIL_ENABLE_ORIGINATING_ONLY", default_value_t = false, action = ArgAction::Set,
+          num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    pub enable_originating_only: bool,
+}
+
+/// The datapath.
+#[derive(Args, Clone, Debug)]
+pub struct DatapathArgs {
+    /// UDP port of the tunnels between client pods and egress pods.
+    #[arg(long, env = "COIL_EGRESS_PORT", default_value_t = 5555, value_parser = clap::value_parser!(u16).range(1..))]
+    pub egress_port: u16,
+    /// Folder for pinned maps and links, on a BPF file system of the node.
+    #[arg(long, env = "COIL_BPFFS_ROOT", default_value = names::PIN_ROOT)]
+    pub bpffs_root: PathBuf,
+    /// Egress flows of this node, for each address family, when the maps are made.
+    #[arg(long, env = "COIL_MAX_FLOWS", default_value_t = default_flows(), value_parser = clap::value_parser!(u32).range(1024..))]
+    pub max_flows: u32,
+}
+
+fn default_flows() -> u32 {
+    u32::try_from(names::MAX_FLOWS).unwrap_or(u32::MAX)
+}
+
+macro_rules! legacy {
+    ($($field:ident),+ $(,)?) => {
+        /// Flags of the original that have no effect here, so that its manifests still work.
+        #[derive(Args, Clone, Debug, Default)]
+        #[expect(missing_docs, reason = "named after the flags")]
+        pub struct LegacyArgs {
+            $(
+                #[arg(long, hide = true, num_args = 0..=1, default_missing_value = "true")]
+                pub $field: Option<String>,
+            )+
+        }
+
+        impl LegacyArgs {
+            /// Flags that were given.
+            #[must_use]
+            pub fn given(&self) -> Vec<&'static str> {
+                let Self { $($field),+ } = self;
+                [$($field.as_ref().map(|_| stringify!($field))),+]
+                    .into_iter()
+                    .flatten()
+                    .collect()
+            }
+        }
+    };
+}
+
+legacy! {
+    pod_table_id,
+    pod_rule_prio,
+    export_table_id,
+    protocol_id,
+    compat_calico,
+    register_from_main,
+    addressblock_gc_interval,
+    backend,
+    clear_routes_on_shutdown,
+}
+
+/// Why a command line cannot be carried out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ArgsError {
+    /// There is no name of the node.
+    #[error("COIL_NODE_NAME environment variable should be set")]
+    NodeName,
+    /// Nothing to do.
+    #[error("configuration error: both IPAM and egress are disabled")]
+    Nothing,
+    /// Address management comes with a later release.
+    #[error(
+        "this release does not hand out addresses yet: use --enable-ipam=false, with another CNI \
+         plugin before coil"
+    )]
+    Ipam,
+    /// Originating-only mode comes with a later release.
+    #[error("this release has no originating-only mode yet: use --enable-originating-only=false")]
+    OriginatingOnly,
+}
+
+impl CoildArgs {
+    /// Checks what the parser cannot.
+    pub fn check(&self) -> Result<(), ArgsError> {
+        let FeatureArgs { enable_ipam, enable_egress, enable_originating_only } = self.features;
+        match (enable_ipam, enable_egress) {
+            (false, false) => return Err(ArgsError::Nothing),
+            (true, _) => return Err(ArgsError::Ipam),
+            (false, true) => {}
+        }
+        if enable_originating_only {
+            return Err(ArgsError::OriginatingOnly);
+        }
+        if self.node_name.is_empty() {
+            return Err(ArgsError::NodeName);
+        }
+        Ok(())
+    }
+}
+
+/// Detaches Coil's programs from all interfaces of this node and removes everything that is pinned.
+#[derive(Parser, Clone, Debug)]
+pub struct UninstallArgs {
+    /// Folder of pinned maps and links.
+    #[arg(long, env = "COIL_BPFFS_ROOT", default_value = names::PIN_ROOT)]
+    pub bpffs_root: PathBuf,
+    /// Logging.
+    #[command(flatten)]
+    pub log: LogArgs,
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests")]
+
+    use super::*;
+
+    fn parse(args: &[&str]) -> CoildArgs {
+        let args = ["coild", "--node-name=n"].iter().chain(args);
+        CoildArgs::try_parse_from(args).unwrap()
+    }
+
+    #[test]
+    fn only_egress_can_be_had() {
+        assert_eq!(parse(&[]).check(), Err(ArgsError::Ipam));
+        assert_eq!(parse(&["--enable-ipam=false", "--enable-egress=false"]).check(), Err(ArgsError::Nothing));
+        let egress_only = ["--enable-ipam=false", "--enable-egress"];
+        assert_eq!(parse(&egress_only).check(), Ok(()));
+        let mut nameless = parse(&egress_only);
+        nameless.node_name.clear();
+        assert_eq!(nameless.check(), Err(ArgsError::NodeName));
+        assert_eq!(
+            parse(&["--enable-ipam=false", "--enable-originating-only"]).check(),
+            Err(ArgsError::OriginatingOnly)
+        );
+    }
+
+    #[test]
+    fn manifests_of_the_original_still_work() {
+        let args = parse(&[
+            "--zap-stacktrace-level=panic",
+            "--enable-ipam=false",
+            "--enable-egress=true",
+            "--pod-table-id=0",
+            "--protocol-id=2",
+            "--backend=nftables",
+            "--compat-calico",
+        ]);
+        assert_eq!(args.check(), Ok(()));
+        assert_eq!(args.legacy.given(), ["pod_table_id", "protocol_id", "compat_calico", "backend"]);
+        assert_eq!(args.datapath.egress_port, 5555);
+    }
+}

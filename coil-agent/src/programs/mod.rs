@@ -1,0 +1,5 @@
+//! The programs of this package, each callable by its name from one binary.
+
+pub mod coil;
+pub mod coil_installer;
+pub mod coild;

@@ -1,0 +1,228 @@
+//! Streams of the Kubernetes API into changes of the picture. No logic: one object in, one view out.
+//!
+//! Objects are decoded one by one, so that one that cannot be read stalls nothing: it is counted,
+//! logged and left out, and what was known of it stays.
+
+use std::fmt;
+use std::time::Duration;
+
+use coil_api::{Egress, names};
+use futures::StreamExt;
+use k8s_openapi::api::core::v1::{Namespace, Pod};
+use k8s_openapi::api::discovery::v1::EndpointSlice;
+use kube::api::{ApiResource, DynamicObject, PartialObjectMeta};
+use kube::runtime::WatchStreamExt;
+use kube::runtime::utils::Backoff;
+use kube::runtime::watcher::{self, Config, DefaultBackoff, Event};
+use kube::{Api, Client, Resource, ResourceExt};
+use serde::de::DeserializeOwned;
+
+use crate::index::{Change, EgressView, NamespaceView, ObjectKey, PodView, SliceView};
+use crate::metrics::WatchMetrics;
+use crate::state::{Closed, Input, StateHandle};
+
+/// Longest wait between attempts while the API server is away.
+const BACKOFF_MAX: Duration = Duration::from_secs(10);
+
+/// What became of an object.
+enum Read<T> {
+    View(T),
+    /// Not ours to care about.
+    Ignored,
+}
+
+/// A kind that is watched.
+struct Kind<K, T> {
+    name: &'static str,
+    read: fn(K) -> Result<Read<T>, String>,
+    /// The view of an object that cannot be read, if there is one.
+    unreadable: fn(&ObjectKey, &str) -> Option<T>,
+    input: fn(Change<T>) -> Input,
+}
+
+/// Watches the pods of a node.
+pub async fn pods(
+    client: Client,
+    node: String,
+    state: StateHandle,
+    metrics: WatchMetrics,
+) -> Result<(), Closed> {
+    let kind = Kind {
+        name: "pods",
+        read: |object| {
+            let pod: Pod = parse(object)?;
+            PodView::of(&pod).map(Read::View).ok_or_else(|| "it has no name or no UID".into())
+        },
+        unreadable: |_, _| None,
+        input: Input::Pods,
+    };
+    let config = Config::default().fields(&format!("spec.nodeName={node}"));
+    let api = Api::all_with(client, &ApiResource::erase::<Pod>(&()));
+    follow(api, config, kind, state, metrics).await
+}
+
+/// Watches all Egresses.
+pub async fn egresses(client: Client, state: StateHandle, metrics: WatchMetrics) -> Result<(), Closed> {
+    let kind = Kind {
+        name: "egresses",
+        read: |object| Ok(Read::View(EgressView::of(&parse::<Egress>(object)?))),
+        // Its clients must not leave with their own addresses.
+        unreadable: |key, error| {
+            Some(EgressView::unreadable(key.clone(), format!("it cannot be read: {error}")))
+        },
+        input: Input::Egresses,
+    };
+    let api = Api::all_with(client, &ApiResource::erase::<Egress>(&()));
+    follow(api, Config::default(), kind, state, metrics).await
+}
+
+/// Watches the EndpointSlices of all Egresses.
+pub async fn slices(client: Client, state: StateHandle, metrics: WatchMetrics) -> Result<(), Closed> {
+    let kind = Kind {
+        name: "endpointslices",
+        read: |object| {
+            let slice: EndpointSlice = parse(object)?;
+            Ok(SliceView::of(&slice).map_or(Read::Ignored, Read::View))
+        },
+        unreadable: |_, _| None,
+        input: Input::Slices,
+    };
+    let config = Config::default().labels(&format!(
+        "{}={},{}={}",
+        names::LABEL_APP_NAME,
+        names::APP_NAME,
+        names::LABEL_APP_COMPONENT,
+        names::COMPONENT_EGRESS,
+    ));
+    let api = Api::all_with(client, &ApiResource::erase::<EndpointSlice>(&()));
+    follow(api, config, kind, state, metrics).await
+}
+
+/// Watches the labels of all namespaces.
+pub async fn namespaces(client: Client, state: StateHandle, metrics: WatchMetrics) -> Result<(), Closed> {
+    let kind = Kind {
+        name: "namespaces",
+        read: |object: PartialObjectMeta<Namespace>| {
+            Ok(Read::View(NamespaceView {
+                name: object.metadata.name.unwrap_or_default(),
+                labels: object.metadata.labels.unwrap_or_default(),
+            }))
+        },
+        unreadable: |_, _| None,
+        input: Input::Namespaces,
+    };
+    follow(Api::all(client), Config::default(), kind, state, metrics).await
+}
+
+async fn follow<K, T>(
+    api: Api<K>,
+    config: Config,
+    kind: Kind<K, T>,
+    state: StateHandle,
+    metrics: WatchMetrics,
+) -> Result<(), Closed>
+where
+    K: Resource + Clone + DeserializeOwned + fmt::Debug + Send + 'static,
+{
+    let stream = watcher::watcher(api, config).backoff(Patience::default());
+    let mut stream = std::pin::pin!(stream);
+    let mut objects = Vec::new();
+    let mut unreadable = Vec::new();
+    while let Some(event) = stream.next().await {
+        let change = match event {
+            Ok(Event::Init) => {
+                objects.clear();
+                unreadable.clear();
+                continue;
+            }
+            Ok(Event::InitApply(object)) => {
+                match kind.read(object, &metrics) {
+                    Ok(Read::View(view)) => objects.push(view),
+                    Ok(Read::Ignored) => {}
+                    Err(key) => unreadable.push(key),
+                }
+                continue;
+            }
+            Ok(Event::InitDone) => {
+                tracing::info!(
+                    kind = kind.name,
+                    objects = objects.len(),
+                    unreadable = unreadable.len(),
+                    "listed"
+                );
+                Change::Reset {
+                    objects: std::mem::take(&mut objects),
+                    unreadable: std::mem::take(&mut unreadable),
+                }
+            }
+            Ok(Event::Apply(object)) => {
+                let key = key(&object);
+                match kind.read(object, &metrics) {
+                    Ok(Read::View(view)) => Change::Apply(view),
+                    // It may have been ours before.
+                    Ok(Read::Ignored) => Change::Delete(key),
+                    Err(_) => continue,
+                }
+            }
+            Ok(Event::Delete(object)) => Change::Delete(key(&object)),
+            Err(error) => {
+                failed(kind.name, &error, &metrics);
+                continue;
+            }
+        };
+        state.send((kind.input)(change)).await?;
+    }
+    Err(Closed)
+}
+
+impl<K: Resource, T> Kind<K, T> {
+    /// Reads an object; `Err` is the key of one that has no view.
+    fn read(&self, object: K, metrics: &WatchMetrics) -> Result<Read<T>, ObjectKey> {
+        let key = key(&object);
+        (self.read)(object).or_else(|error| {
+            metrics.unreadable(self.name);
+            tracing::warn!(
+                kind = self.name,
+                namespace = key.namespace,
+                name = key.name,
+                error,
+                "an object cannot be read"
+            );
+            (self.unreadable)(&key, &error).map(Read::View).ok_or(key)
+        })
+    }
+}
+
+fn parse<K>(object: DynamicObject) -> Result<K, String>
+where
+    K: Resource + DeserializeOwned,
+{
+    object.try_parse().map_err(|error| error.to_string())
+}
+
+fn key<K: Resource>(object: &K) -> ObjectKey {
+    ObjectKey::new(object.namespace().unwrap_or_default(), object.name_any())
+}
+
+/// The usual backoff, but an API server that is back is noticed sooner.
+#[derive(Default)]
+struct Patience(DefaultBackoff);
+
+impl Iterator for Patience {
+    type Item = Duration;
+
+    fn next(&mut self) -> Option<Duration> {
+        self.0.next().map(|wait| wait.min(BACKOFF_MAX))
+    }
+}
+
+impl Backoff for Patience {
+    fn reset(&mut self) {
+        self.0.reset();
+    }
+}
+
+fn failed(kind: &'static str, error: &watcher::Error, metrics: &WatchMetrics) {
+    metrics.failed(kind);
+    tracing::warn!(kind, %error, "the watch is interrupted; what is known stays");
+}
