@@ -113,7 +113,8 @@ pub trait Netlink: Send + Sync {
     /// The interface by which packets to an address leave, if there is a route.
     fn route_link(&self, address: IpAddr) -> impl Future<Output = Result<Option<Link>, NetlinkError>> + Send;
 
-    /// The host-side interface of a local pod, by the route to its address: a veth or nothing.
+    /// The host-side interface of a local pod, by the route to its address: a veth without a router
+    /// behind it, or nothing.
     fn veth_towards(
         &self,
         address: IpAddr,

@@ -49,6 +49,38 @@ impl RtNetlink {
         }
     }
 
+    async fn route(&self, address: IpAddr) -> Result<Option<Hop>, NetlinkError> {
+        let mut message = RouteMessage::default();
+        let (family, destination, length) = match address {
+            IpAddr::V4(address) => (AddressFamily::Inet, RouteAddress::Inet(address), 32),
+            IpAddr::V6(address) => (AddressFamily::Inet6, RouteAddress::Inet6(address), 128),
+        };
+        message.header.address_family = family;
+        message.header.destination_prefix_length = length;
+        message.attributes.push(RouteAttribute::Destination(destination));
+        let route = match self.handle.route().get(message).execute().try_next().await {
+            Ok(route) => route,
+            Err(error) => {
+                let error = request_error("read", format!("route to {address}"), error);
+                return match error.errno() {
+                    // The last two: blackhole and prohibit.
+                    Some(
+                        libc::ENETUNREACH | libc::EHOSTUNREACH | libc::ESRCH | libc::EINVAL | libc::EACCES,
+                    ) => Ok(None),
+                    _ => Err(error),
+                };
+            }
+        };
+        let attributes = route.map_or_else(Vec::new, |route| route.attributes);
+        let router = attributes
+            .iter()
+            .any(|attribute| matches!(attribute, RouteAttribute::Gateway(_) | RouteAttribute::Via(_)));
+        Ok(attributes.into_iter().find_map(|attribute| match attribute {
+            RouteAttribute::Oif(index) => Some(Hop { index, router }),
+            _ => None,
+        }))
+    }
+
     /// The number by which our name space knows the one at `path`.
     async fn netns_id(&self, path: &Path) -> Result<Option<i32>, NetlinkError> {
         let subject = || format!("identifier of {}", path.display());
@@ -154,33 +186,25 @@ impl Netlink for RtNetlink {
     }
 
     async fn route_link(&self, address: IpAddr) -> Result<Option<Link>, NetlinkError> {
-        let mut message = RouteMessage::default();
-        let (family, destination, length) = match address {
-            IpAddr::V4(address) => (AddressFamily::Inet, RouteAddress::Inet(address), 32),
-            IpAddr::V6(address) => (AddressFamily::Inet6, RouteAddress::Inet6(address), 128),
-        };
-        message.header.address_family = family;
-        message.header.destination_prefix_length = length;
-        message.attributes.push(RouteAttribute::Destination(destination));
-        let route = match self.handle.route().get(message).execute().try_next().await {
-            Ok(route) => route,
-            Err(error) => {
-                let error = request_error("read", format!("route to {address}"), error);
-                return match error.errno() {
-                    Some(libc::ENETUNREACH | libc::EHOSTUNREACH | libc::ESRCH) => Ok(None),
-                    _ => Err(error),
-                };
-            }
-        };
-        let index = route.iter().flat_map(|route| &route.attributes).find_map(|attribute| match attribute {
-            RouteAttribute::Oif(index) => Some(*index),
-            _ => None,
-        });
-        match index {
-            Some(index) => self.link(index).await,
+        match self.route(address).await? {
+            Some(Hop { index, .. }) => self.link(index).await,
             None => Ok(None),
         }
     }
+
+    async fn veth_towards(&self, address: IpAddr) -> Result<Option<Link>, NetlinkError> {
+        match self.route(address).await? {
+            // Beyond a router there is no pod of ours, though the way there may be a veth too.
+            Some(Hop { index, router: false }) => Ok(self.link(index).await?.filter(Link::is_veth)),
+            _ => Ok(None),
+        }
+    }
+}
+
+/// The next hop of a route.
+struct Hop {
+    index: u32,
+    router: bool,
 }
 
 /// Reads a link of the current thread's name space with a runtime of its own.
