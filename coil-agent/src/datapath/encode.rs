@@ -426,4 +426,4 @@ impl Sets<'_> {
 
 #[cfg(test)]
 #[path = "encode_tests.rs"]
-mod tests;
+pub(crate) mod tests;
