@@ -6,6 +6,7 @@ pub mod cni;
 pub mod datapath;
 pub mod desired;
 pub mod events;
+pub mod gateway;
 pub mod index;
 pub mod installer;
 pub mod local;

@@ -19,6 +19,19 @@ mod sys;
 pub mod timeouts;
 mod writer;
 
+/// What the gateway's side shares.
+pub(crate) mod internal {
+    pub(crate) use super::attach::{Attachable, Hook};
+    pub(crate) use super::boot_seed;
+    pub(crate) use super::loader::{Loaded, load};
+    pub(crate) use super::maps::absent_is_fine;
+    pub(crate) use super::pins::{IfUnmounted, PinFolder};
+    pub(crate) use super::stats::{
+        DropCounters, DropFamilies, counter, counters, descriptions, gather, gauge, gauges, open_pinned,
+    };
+    pub(crate) use super::sys::{Cursor, lookup_batch};
+}
+
 use std::collections::BTreeSet;
 use std::net::{Ipv4Addr, Ipv6Addr};
 use std::path::PathBuf;

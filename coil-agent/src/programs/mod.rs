@@ -1,5 +1,6 @@
 //! The programs of this package, each callable by its name from one binary.
 
 pub mod coil;
+pub mod coil_egress;
 pub mod coil_installer;
 pub mod coild;

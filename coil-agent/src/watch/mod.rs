@@ -206,7 +206,7 @@ fn key<K: Resource>(object: &K) -> ObjectKey {
 
 /// The usual backoff, but an API server that is back is noticed sooner.
 #[derive(Default)]
-struct Patience(DefaultBackoff);
+pub(crate) struct Patience(DefaultBackoff);
 
 impl Iterator for Patience {
     type Item = Duration;

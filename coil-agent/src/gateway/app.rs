@@ -1,0 +1,223 @@
+//! The order in which `coil-egress` starts and the tasks that it consists of. Nothing else spawns tasks.
+//!
+//! SIGTERM makes it unready at once and ends it. Maps and link stay pinned: packets are forwarded until
+//! the pod's network is gone, and a new process in the same pod adopts them. `coild` removes the pins of
+//! pods that are gone.
+
+use std::collections::BTreeSet;
+use std::future::Future;
+use std::net::IpAddr;
+use std::time::{Duration, Instant};
+
+use anyhow::Context;
+use coil_api::clients::EgressRef;
+use coil_runtime::readiness::{Blocker, Readiness};
+use coil_runtime::tasks::{Drain, Tasks};
+use coil_runtime::{admin, kube_client, metrics, telemetry};
+use tokio::sync::mpsc;
+
+use super::args::Args;
+use super::clients::{ClientIndex, Input};
+use super::collect::Collector;
+use super::datapath::{ClientMaps, GatewayDatapath, GatewayOptions};
+use super::metrics::{GatewayCollector, Labels, Shared};
+use super::nat::{NatMaps, V4, V6};
+use super::{INTERFACE, ports, watch};
+use crate::datapath::{DatapathError, MapAccessError, seconds_since_boot};
+use crate::netlink::{Netlink, RtNetlink};
+
+/// Name of the program.
+pub const NAME: &str = "coil-egress";
+/// Time for tasks to finish what they have begun.
+const DRAIN: Duration = Duration::from_secs(5);
+/// Wait before a failed change of maps is tried again.
+const RETRY: Duration = Duration::from_secs(1);
+/// The allow-list is compared with the maps anew so often.
+const RESYNC: Duration = Duration::from_secs(300);
+/// Interval of the collector, and how many entries it looks at each time: a full table of the default
+/// size is walked through in about a quarter of a minute.
+const COLLECT: Duration = Duration::from_secs(1);
+const SLICE: usize = 65_536;
+/// Changes of the picture that may wait.
+const INPUTS: usize = 1024;
+
+/// Runs `coil-egress` until a signal or a failure.
+pub async fn run(args: Args) -> anyhow::Result<()> {
+    let pin_name = args.pin_name();
+    let Args {
+        metrics_addr,
+        health_addr,
+        fou_port,
+        enable_sport_auto,
+        backend,
+        bpffs_root,
+        max_nat_entries,
+        pod_addresses,
+        pod_namespace,
+        egress_name,
+        pod_name,
+        pod_uid: _,
+        log,
+    } = args;
+    let log = telemetry::init(NAME, &log)?;
+    if let Some(backend) = backend {
+        tracing::info!(backend, "--backend has no effect: translation is done in eBPF");
+    }
+    let registry = metrics::registry(NAME)?;
+    let health = admin::bind("--health-addr", &health_addr).await?;
+    let metrics = admin::bind("--metrics-addr", &metrics_addr).await?;
+    let readiness = Readiness::new();
+    let synced = readiness.blocker("pod-sync");
+
+    // Before any connection of our own takes a port that translation may use.
+    let ports = ports::divide(&[fou_port, metrics_addr.port, health_addr.port])
+        .context("cannot find ports for translation")?;
+    let client = kube_client::client(NAME).await?;
+    let interface = RtNetlink::new()?
+        .link_by_name(INTERFACE)
+        .await?
+        .with_context(|| format!("there is no interface {INTERFACE}"))?;
+    let options = GatewayOptions {
+        bpffs_root,
+        pin_name,
+        addresses: pod_addresses,
+        fou_port,
+        source_port_auto: enable_sport_auto,
+        ports,
+        ifindex: interface.index,
+        mtu: interface.mtu,
+        max_nat: max_nat_entries,
+    };
+    let datapath = tokio::task::spawn_blocking(move || GatewayDatapath::open(&options))
+        .await?
+        .context("cannot open the datapath")?;
+    let GatewayDatapath { clients, nat_v4, nat_v6, folder, loaded: _loaded } = datapath;
+    let shared = Shared::default();
+    let labels = Labels { namespace: pod_namespace.clone(), egress: egress_name.clone(), pod: pod_name };
+    let capacity = nat_v4.capacity() + nat_v6.capacity();
+    let collector = GatewayCollector::open(&folder, labels, shared.clone(), capacity)?;
+    registry.register(Box::new(collector))?;
+
+    let mut tasks = Tasks::new()?;
+    let drain = tasks.drain();
+    readiness.ready_check("draining", move || {
+        if drain.is_cancelled() { Err("this gateway is ending".into()) } else { Ok(()) }
+    });
+    tasks.spawn("health server", |drain| admin::serve_health(health, readiness.clone(), log, drain));
+    tasks.spawn("metrics server", |drain| admin::serve_metrics(metrics, registry.clone(), drain));
+    let (sender, inputs) = mpsc::channel(INPUTS);
+    let index = ClientIndex::new(EgressRef::new(&pod_namespace, &egress_name));
+    let keeper = ClientKeeper { index, maps: clients, shared: shared.clone(), synced: Some(synced) };
+    tasks.spawn("clients", |drain| until(drain, keeper.run(inputs)));
+    tasks.spawn("pod watch", |drain| until(drain, watch::pods(client.clone(), sender.clone())));
+    tasks.spawn("namespace watch", |drain| until(drain, watch::namespaces(client.clone(), sender.clone())));
+    tasks.spawn("Egress watch", |drain| {
+        until(drain, watch::egress(client.clone(), pod_namespace, egress_name, sender))
+    });
+    tasks.spawn("collector", |drain| until(drain, collect(nat_v4, nat_v6, shared)));
+    tasks.run(DRAIN).await?;
+    tracing::info!("ended; packets are forwarded as long as this pod has its network");
+    Ok(())
+}
+
+/// Runs a task until it ends or the drain begins.
+async fn until<E>(drain: Drain, task: impl Future<Output = Result<(), E>>) -> Result<(), E> {
+    drain.run_until_cancelled_owned(task).await.unwrap_or(Ok(()))
+}
+
+/// Keeps the allow-list as the picture says.
+struct ClientKeeper {
+    index: ClientIndex,
+    maps: ClientMaps,
+    shared: Shared,
+    /// Gone once the first complete picture is in the maps.
+    synced: Option<Blocker>,
+}
+
+impl ClientKeeper {
+    async fn run(mut self, mut inputs: mpsc::Receiver<Input>) -> Result<(), watch::Closed> {
+        let mut resync = tokio::time::interval(RESYNC);
+        let mut retry = false;
+        loop {
+            let mut changed = false;
+            tokio::select! {
+                input = inputs.recv() => match input {
+                    Some(input) => changed |= self.index.apply(input),
+                    None => return Err(watch::Closed),
+                },
+                () = tokio::time::sleep(RETRY), if retry => changed = true,
+                _ = resync.tick() => {
+                    self.maps.forget();
+                    changed = true;
+                }
+            }
+            // A burst becomes one change of the maps.
+            while let Ok(input) = inputs.try_recv() {
+                changed |= self.index.apply(input);
+            }
+            if changed {
+                retry = match self.publish() {
+                    Ok(()) => false,
+                    Err(error) => {
+                        let error = &error as &dyn std::error::Error;
+                        tracing::error!(error, "cannot update the list of clients; trying again");
+                        true
+                    }
+                };
+            }
+        }
+    }
+
+    fn publish(&mut self) -> Result<(), MapAccessError> {
+        let wanted: BTreeSet<IpAddr> = self.index.addresses().collect();
+        let complete = self.index.is_complete();
+        let (added, removed) = self.maps.sync(&wanted, complete)?;
+        if added + removed > 0 {
+            tracing::info!(added, removed, clients = wanted.len(), "changed the list of clients");
+        }
+        self.shared.set_clients(self.index.clients().clone());
+        if complete {
+            drop(self.synced.take());
+        }
+        Ok(())
+    }
+}
+
+/// Collects expired translations, a slice at a time.
+async fn collect(v4: NatMaps<V4>, v6: NatMaps<V6>, shared: Shared) -> Result<(), DatapathError> {
+    let mut collectors = Some((Collector::new(v4), Collector::new(v6)));
+    let mut interval = tokio::time::interval(COLLECT);
+    interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let mut walk = Duration::ZERO;
+    let mut second = false;
+    loop {
+        interval.tick().await;
+        let Some((mut v4, mut v6)) = collectors.take() else { return Ok(()) };
+        let slice = tokio::task::spawn_blocking(move || {
+            let start = Instant::now();
+            let finished = seconds_since_boot()
+                .and_then(|now| Ok(if second { v6.sweep(now, SLICE)? } else { v4.sweep(now, SLICE)? }));
+            (v4, v6, finished, start.elapsed())
+        });
+        let Ok((v4, v6, finished, elapsed)) = slice.await else {
+            // The runtime is shutting down.
+            return Ok(());
+        };
+        walk += elapsed;
+        match finished {
+            Ok(true) => {
+                if second {
+                    shared.set_walk(std::mem::take(&mut walk));
+                }
+                second = !second;
+            }
+            Ok(false) => {}
+            Err(error) => {
+                let error = &error as &dyn std::error::Error;
+                tracing::warn!(error, "cannot look for expired translations");
+            }
+        }
+        shared.set_totals([v4.totals(), v6.totals()]);
+        collectors = Some((v4, v6));
+    }
+}

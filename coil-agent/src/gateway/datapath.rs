@@ -1,0 +1,193 @@
+//! The gateway's program and maps in the kernel.
+
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+use std::path::PathBuf;
+
+use aya::maps::{HashMap, MapData};
+use coil_common::config::{CONFIG_SOURCE_PORT_AUTO, Config};
+use coil_common::keys::{ClientKey4, ClientKey6};
+use coil_common::names;
+use coil_common::values::ClientValue;
+
+use super::args::PodAddresses;
+use super::clients::difference;
+use super::nat::{NatMaps, V4, V6};
+use super::ports::NatPorts;
+use crate::datapath::internal::{
+    Attachable, Hook, IfUnmounted, Loaded, PinFolder, absent_is_fine, boot_seed, load,
+};
+use crate::datapath::{DatapathError, LoadError, MapAccessError, Role};
+
+/// How a gateway's datapath is opened.
+#[derive(Clone, Debug)]
+pub(crate) struct GatewayOptions {
+    pub(crate) bpffs_root: PathBuf,
+    /// Name of the folder of pins.
+    pub(crate) pin_name: String,
+    pub(crate) addresses: PodAddresses,
+    pub(crate) fou_port: u16,
+    pub(crate) source_port_auto: bool,
+    pub(crate) ports: NatPorts,
+    /// Index and MTU of the interface.
+    pub(crate) ifindex: u32,
+    pub(crate) mtu: u32,
+    pub(crate) max_nat: u32,
+}
+
+/// The gateway's datapath.
+pub(crate) struct GatewayDatapath {
+    pub(crate) clients: ClientMaps,
+    pub(crate) nat_v4: NatMaps<V4>,
+    pub(crate) nat_v6: NatMaps<V6>,
+    /// Where the maps are pinned.
+    pub(crate) folder: PathBuf,
+    /// Keeps the program loaded.
+    pub(crate) loaded: Loaded,
+}
+
+impl GatewayDatapath {
+    /// Loads and attaches the program, over the maps of an earlier run if there are any.
+    pub(crate) fn open(options: &GatewayOptions) -> Result<Self, DatapathError> {
+        let GatewayOptions {
+            bpffs_root,
+            pin_name,
+            addresses,
+            fou_port,
+            source_port_auto,
+            ports,
+            ifindex,
+            mtu,
+            max_nat,
+        } = options;
+        let folder = PinFolder::open(bpffs_root, IfUnmounted::Mount)?.gateway(pin_name)?;
+        let config = Config {
+            ipv4: addresses.v4.map_or([0; 4], |address| address.octets()),
+            ipv6: addresses.v6.map_or([0; 16], |address| address.octets()),
+            fou_port: fou_port.to_be_bytes(),
+            nat_port_first: *ports.range.start(),
+            nat_port_last: *ports.range.end(),
+            nat_port_excluded: ports.excluded,
+            mtu: *mtu,
+            flags: if *source_port_auto { CONFIG_SOURCE_PORT_AUTO } else { 0 },
+            seed: boot_seed()?,
+        };
+        let sizes = [
+            names::MAP_NAT_FORWARD_V4,
+            names::MAP_NAT_REVERSE_V4,
+            names::MAP_NAT_FORWARD_V6,
+            names::MAP_NAT_REVERSE_V6,
+        ]
+        .map(|map| (map, *max_nat));
+        let mut loaded = load(Role::Gateway, &folder, &config, &sizes)?;
+        let program = Attachable {
+            name: names::PROGRAM_GATEWAY,
+            hook: Hook::Ingress,
+            program: loaded.program(names::PROGRAM_GATEWAY)?,
+        };
+        let path = folder.join(names::PROGRAM_GATEWAY);
+        let fresh = program.attach(*ifindex, &path, program.mode())?;
+        tracing::info!(pins = %folder.display(), adopted = !fresh, "gateway program attached");
+        Ok(Self {
+            clients: ClientMaps::new(&mut loaded)?,
+            nat_v4: NatMaps::new(&mut loaded)?,
+            nat_v6: NatMaps::new(&mut loaded)?,
+            folder,
+            loaded,
+        })
+    }
+}
+
+/// The allow-list of clients.
+pub(crate) struct ClientMaps {
+    v4: HashMap<MapData, ClientKey4, ClientValue>,
+    v6: HashMap<MapData, ClientKey6, ClientValue>,
+    /// What the maps hold; `None` if it must be read.
+    current: Option<BTreeSet<IpAddr>>,
+}
+
+impl ClientMaps {
+    fn new(loaded: &mut Loaded) -> Result<Self, LoadError> {
+        Ok(Self {
+            v4: loaded.map(names::MAP_CLIENTS_V4)?,
+            v6: loaded.map(names::MAP_CLIENTS_V6)?,
+            current: None,
+        })
+    }
+
+    /// Reads the maps again the next time.
+    pub(crate) fn forget(&mut self) {
+        self.current = None;
+    }
+
+    fn dump(&self) -> Result<BTreeSet<IpAddr>, MapAccessError> {
+        let read = |map| move |source| MapAccessError { operation: "read", map, source };
+        let mut addresses = BTreeSet::new();
+        for key in self.v4.keys() {
+            let key = key.map_err(read(names::MAP_CLIENTS_V4))?;
+            addresses.insert(IpAddr::from(key.addr));
+        }
+        for key in self.v6.keys() {
+            let key = key.map_err(read(names::MAP_CLIENTS_V6))?;
+            addresses.insert(IpAddr::from(key.addr));
+        }
+        Ok(addresses)
+    }
+
+    /// Makes the maps hold `wanted`; more than that until the picture is complete. Returns how many
+    /// addresses came and went.
+    pub(crate) fn sync(
+        &mut self,
+        wanted: &BTreeSet<IpAddr>,
+        complete: bool,
+    ) -> Result<(usize, usize), MapAccessError> {
+        let mut current = match self.current.take() {
+            Some(current) => current,
+            None => self.dump()?,
+        };
+        let (add, remove) = difference(&current, wanted, complete);
+        for address in &add {
+            self.insert(*address)?;
+            current.insert(*address);
+        }
+        for address in &remove {
+            self.remove(*address)?;
+            current.remove(address);
+        }
+        self.current = Some(current);
+        Ok((add.len(), remove.len()))
+    }
+
+    fn insert(&mut self, address: IpAddr) -> Result<(), MapAccessError> {
+        let value = ClientValue::default();
+        let (map, result) = match address {
+            IpAddr::V4(address) => {
+                let key = ClientKey4 { addr: address.octets() };
+                (names::MAP_CLIENTS_V4, self.v4.insert(key, value, 0))
+            }
+            IpAddr::V6(address) => {
+                let key = ClientKey6 { addr: address.octets() };
+                (names::MAP_CLIENTS_V6, self.v6.insert(key, value, 0))
+            }
+        };
+        result.map_err(|source| MapAccessError { operation: "write", map, source })
+    }
+
+    fn remove(&mut self, address: IpAddr) -> Result<(), MapAccessError> {
+        let (map, result) = match address {
+            IpAddr::V4(address) => {
+                let key = ClientKey4 { addr: address.octets() };
+                (names::MAP_CLIENTS_V4, self.v4.remove(&key))
+            }
+            IpAddr::V6(address) => {
+                let key = ClientKey6 { addr: address.octets() };
+                (names::MAP_CLIENTS_V6, self.v6.remove(&key))
+            }
+        };
+        absent_is_fine(result).map_err(|source| MapAccessError {
+            operation: "remove an entry of",
+            map,
+            source,
+        })
+    }
+}

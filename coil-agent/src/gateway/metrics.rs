@@ -1,0 +1,289 @@
+//! Metrics of a gateway: the names of the original, with values from BPF maps, and a few of our own.
+
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use aya::maps::{MapData, PerCpuArray};
+use coil_common::names;
+use coil_common::stats::{DropReason, GatewayStat};
+use coil_common::values::Counter;
+use prometheus::core::{Collector, Desc};
+use prometheus::proto::MetricFamily;
+use prometheus::{IntCounterVec, IntGaugeVec};
+
+use super::INTERFACE;
+use super::clients::Clients;
+use super::collect::Totals;
+use crate::datapath::internal::{
+    DropCounters, DropFamilies, counter, counters, descriptions, gather, gauge, gauges, open_pinned,
+};
+use crate::datapath::{LoadError, MapAccessError};
+
+/// What tasks tell the collector.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Shared(Arc<Mutex<State>>);
+
+#[derive(Debug, Default)]
+struct State {
+    clients: Arc<Clients>,
+    totals: [Totals; 2],
+    walk: Duration,
+}
+
+impl Shared {
+    fn with<T>(&self, work: impl FnOnce(&mut State) -> T) -> T {
+        work(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    pub(crate) fn set_clients(&self, clients: Clients) {
+        let clients = Arc::new(clients);
+        self.with(|state| state.clients = clients);
+    }
+
+    pub(crate) fn set_totals(&self, totals: [Totals; 2]) {
+        self.with(|state| state.totals = totals);
+    }
+
+    pub(crate) fn set_walk(&self, duration: Duration) {
+        self.with(|state| state.walk = duration);
+    }
+}
+
+/// Names of what the metrics are about.
+#[derive(Clone, Debug)]
+pub(crate) struct Labels {
+    pub(crate) namespace: String,
+    pub(crate) egress: String,
+    pub(crate) pod: String,
+}
+
+/// Exports the counters of a gateway.
+pub(crate) struct GatewayCollector {
+    labels: Labels,
+    shared: Shared,
+    stats: PerCpuArray<MapData, Counter>,
+    drops: DropCounters,
+    capacity: usize,
+    descriptions: Vec<Desc>,
+}
+
+struct Families {
+    drops: DropFamilies,
+    pod_count: IntGaugeVec,
+    pod_info: IntGaugeVec,
+    entries: IntGaugeVec,
+    limit: IntGaugeVec,
+    masqueraded_packets: IntGaugeVec,
+    masqueraded_bytes: IntGaugeVec,
+    invalid_packets: IntGaugeVec,
+    invalid_bytes: IntGaugeVec,
+    reply_packets: IntCounterVec,
+    reply_bytes: IntCounterVec,
+    new_flows: IntCounterVec,
+    expired: IntCounterVec,
+    orphans: IntCounterVec,
+    expired_bytes: IntCounterVec,
+    overdue: IntGaugeVec,
+    walk: prometheus::GaugeVec,
+}
+
+const COMMON: [&str; 3] = ["namespace", "pod", "egress"];
+const WITH_PROTOCOL: [&str; 4] = ["namespace", "pod", "egress", "protocol"];
+
+impl Families {
+    fn new() -> Self {
+        let by_protocol = |name, help| counters(name, help, &WITH_PROTOCOL);
+        #[expect(clippy::expect_used, reason = "name and labels are constants")]
+        let walk = prometheus::GaugeVec::new(
+            prometheus::Opts::new(
+                "coil_egress_nat_walk_duration_seconds",
+                "Time that the last complete walk through the translation tables took.",
+            ),
+            &COMMON,
+        )
+        .expect("valid metric");
+        Self {
+            drops: DropFamilies::new(),
+            pod_count: gauges(
+                "coil_egress_client_pod_count",
+                "Client pods of this Egress.",
+                &["namespace", "egress"],
+            ),
+            pod_info: gauges(
+                "coil_egress_client_pod_info",
+                "A client pod and one of its addresses; always 1.",
+                &["namespace", "pod", "pod_ip", "interface", "egress", "egress_namespace"],
+            ),
+            entries: gauges(
+                "coil_egress_nf_conntrack_entries_count",
+                "Translations in the table, as of the last walk through it.",
+                &COMMON,
+            ),
+            limit: gauges(
+                "coil_egress_nf_conntrack_entries_limit",
+                "Translations that the table can hold.",
+                &COMMON,
+            ),
+            masqueraded_packets: gauges(
+                "coil_egress_nftables_masqueraded_packets_total",
+                "Packets of clients that were translated and sent on.",
+                &WITH_PROTOCOL,
+            ),
+            masqueraded_bytes: gauges(
+                "coil_egress_nftables_masqueraded_bytes_total",
+                "IP bytes of clients that were translated and sent on.",
+                &WITH_PROTOCOL,
+            ),
+            invalid_packets: gauges(
+                "coil_egress_nftables_invalid_packets_total",
+                "Packets of clients that belong to no connection and were dropped.",
+                &WITH_PROTOCOL,
+            ),
+            invalid_bytes: gauges(
+                "coil_egress_nftables_invalid_bytes_total",
+                "IP bytes of clients that belong to no connection and were dropped.",
+                &WITH_PROTOCOL,
+            ),
+            reply_packets: by_protocol(
+                "coil_egress_reply_packets_total",
+                "Replies that were translated and sent back to clients.",
+            ),
+            reply_bytes: by_protocol(
+                "coil_egress_reply_bytes_total",
+                "IP bytes of replies that were translated and sent back to clients.",
+            ),
+            new_flows: by_protocol("coil_egress_new_flows_total", "New translations."),
+            expired: by_protocol(
+                "coil_egress_nat_expired_total",
+                "Translations removed after their time-out, since this process started.",
+            ),
+            orphans: by_protocol(
+                "coil_egress_nat_orphans_total",
+                "Halves of translations removed without their other half, since this process started.",
+            ),
+            expired_bytes: counters(
+                "coil_egress_nat_expired_bytes_total",
+                "IP bytes of translations that were removed, since this process started.",
+                &["namespace", "pod", "egress", "protocol", "direction"],
+            ),
+            overdue: gauges(
+                "coil_egress_nat_overdue_seconds",
+                "By how much the oldest expired translation was overdue in the last walk.",
+                &COMMON,
+            ),
+            walk,
+        }
+    }
+
+    fn all(&self) -> Vec<&dyn Collector> {
+        let mut all: Vec<&dyn Collector> = self.drops.all().to_vec();
+        all.extend([
+            &self.pod_count as &dyn Collector,
+            &self.pod_info,
+            &self.entries,
+            &self.limit,
+            &self.masqueraded_packets,
+            &self.masqueraded_bytes,
+            &self.invalid_packets,
+            &self.invalid_bytes,
+            &self.reply_packets,
+            &self.reply_bytes,
+            &self.new_flows,
+            &self.expired,
+            &self.orphans,
+            &self.expired_bytes,
+            &self.overdue,
+            &self.walk,
+        ]);
+        all
+    }
+}
+
+impl GatewayCollector {
+    pub(crate) fn open(
+        folder: &Path,
+        labels: Labels,
+        shared: Shared,
+        capacity: usize,
+    ) -> Result<Self, LoadError> {
+        Ok(Self {
+            labels,
+            shared,
+            stats: open_pinned(folder, names::MAP_GATEWAY_STATS)?,
+            drops: DropCounters::open(folder)?,
+            capacity,
+            descriptions: descriptions(&Families::new().all()),
+        })
+    }
+
+    fn read(&self, families: &Families) -> Result<(), MapAccessError> {
+        let Labels { namespace, egress, pod } = &self.labels;
+        let stat = |stat: GatewayStat| counter(&self.stats, names::MAP_GATEWAY_STATS, stat.index());
+        for (protocol, masqueraded, reply, new) in [
+            ("ipv4", GatewayStat::MasqueradedV4, GatewayStat::ReplyV4, GatewayStat::NewFlowV4),
+            ("ipv6", GatewayStat::MasqueradedV6, GatewayStat::ReplyV6, GatewayStat::NewFlowV6),
+        ] {
+            let labels = [namespace.as_str(), pod, egress, protocol];
+            let masqueraded = stat(masqueraded)?;
+            families.masqueraded_packets.with_label_values(&labels).set(signed(masqueraded.packets));
+            families.masqueraded_bytes.with_label_values(&labels).set(signed(masqueraded.bytes));
+            let reply = stat(reply)?;
+            families.reply_packets.with_label_values(&labels).inc_by(reply.packets);
+            families.reply_bytes.with_label_values(&labels).inc_by(reply.bytes);
+            families.new_flows.with_label_values(&labels).inc_by(stat(new)?.packets);
+        }
+        let invalid = self.drops.read(DropReason::NoState)?;
+        // Drops are counted by reason, not by family; the sum over both is right.
+        let labels = [namespace.as_str(), pod, egress, "ipv4"];
+        families.invalid_packets.with_label_values(&labels).set(signed(invalid.packets));
+        families.invalid_bytes.with_label_values(&labels).set(signed(invalid.bytes));
+        self.drops.collect(&families.drops)
+    }
+}
+
+/// Counters of 64 bits in gauges, which the original has for them.
+fn signed(value: u64) -> i64 {
+    i64::try_from(value).unwrap_or(i64::MAX)
+}
+
+impl Collector for GatewayCollector {
+    fn desc(&self) -> Vec<&Desc> {
+        self.descriptions.iter().collect()
+    }
+
+    fn collect(&self) -> Vec<MetricFamily> {
+        let families = Families::new();
+        if let Err(error) = self.read(&families) {
+            tracing::warn!(%error, "cannot read the gateway's counters");
+        }
+        let Labels { namespace, egress, pod } = &self.labels;
+        let (clients, totals, walk) =
+            self.shared.with(|state| (state.clients.clone(), state.totals, state.walk));
+        families.pod_count.with_label_values(&[namespace, egress]).set(gauge(clients.len()));
+        for (client, addresses) in clients.iter() {
+            for address in addresses {
+                let labels =
+                    [&client.namespace, &client.name, &address.to_string(), INTERFACE, egress, namespace];
+                families.pod_info.with_label_values(&labels).set(1);
+            }
+        }
+        let common = [namespace.as_str(), pod, egress];
+        let entries = totals.iter().map(|totals| totals.entries).sum();
+        families.entries.with_label_values(&common).set(signed(entries));
+        families.limit.with_label_values(&common).set(gauge(self.capacity));
+        let overdue = totals.iter().map(|totals| totals.overdue).max().unwrap_or(0);
+        families.overdue.with_label_values(&common).set(i64::from(overdue));
+        families.walk.with_label_values(&common).set(walk.as_secs_f64());
+        for (protocol, totals) in ["ipv4", "ipv6"].into_iter().zip(totals) {
+            let labels = [namespace.as_str(), pod, egress, protocol];
+            families.expired.with_label_values(&labels).inc_by(totals.expired);
+            families.orphans.with_label_values(&labels).inc_by(totals.orphans);
+            for (direction, bytes) in [("tx", totals.sent_bytes), ("rx", totals.received_bytes)] {
+                let labels = [namespace.as_str(), pod, egress, protocol, direction];
+                families.expired_bytes.with_label_values(&labels).inc_by(bytes);
+            }
+        }
+        gather(&families.all())
+    }
+}
