@@ -16,10 +16,8 @@ pub const CLEANUP: &str = "customresourcecleanup.apiextensions.k8s.io";
 
 /// What is wrong with a definition.
 pub fn violations(object: &Value, errors: &mut Vec<FieldError>) {
-    let (group, plural) = (
-        obj::text(object, &["spec", "group"]),
-        obj::text(object, &["spec", "names", "plural"]),
-    );
+    let (group, plural) =
+        (obj::text(object, &["spec", "group"]), obj::text(object, &["spec", "names", "plural"]));
     for field in ["group", "scope"] {
         if obj::text(object, &["spec", field]).is_empty() {
             errors.push(FieldError::required(format!("spec.{field}"), ""));
@@ -41,17 +39,10 @@ pub fn violations(object: &Value, errors: &mut Vec<FieldError>) {
     let scope = obj::text(object, &["spec", "scope"]);
     if !["Namespaced", "Cluster", ""].contains(&scope) {
         let allowed = ["Cluster", "Namespaced"].map(str::to_owned);
-        errors.push(FieldError::not_supported(
-            "spec.scope",
-            &scope.into(),
-            &allowed,
-        ));
+        errors.push(FieldError::not_supported("spec.scope", &scope.into(), &allowed));
     }
     let versions = obj::items(object, &["spec", "versions"]);
-    let stored = versions
-        .iter()
-        .filter(|one| obj::flag(one, &["storage"]))
-        .count();
+    let stored = versions.iter().filter(|one| obj::flag(one, &["storage"])).count();
     if stored != 1 {
         errors.push(FieldError::invalid(
             "spec.versions",
@@ -63,10 +54,7 @@ pub fn violations(object: &Value, errors: &mut Vec<FieldError>) {
         let at = format!("spec.versions[{index}]");
         let schema = obj::at(version, &["schema", "openAPIV3Schema"]);
         let Some(raw) = schema else {
-            errors.push(FieldError::required(
-                format!("{at}.schema.openAPIV3Schema"),
-                "schemas are required",
-            ));
+            errors.push(FieldError::required(format!("{at}.schema.openAPIV3Schema"), "schemas are required"));
             continue;
         };
         let schema = Schema::parse(raw);
@@ -79,11 +67,7 @@ pub fn violations(object: &Value, errors: &mut Vec<FieldError>) {
             ));
         }
         for text in super::schema::cel::compile_errors(&schema) {
-            errors.push(FieldError::invalid(
-                format!("{at}.schema.openAPIV3Schema"),
-                &"rule".into(),
-                text,
-            ));
+            errors.push(FieldError::invalid(format!("{at}.schema.openAPIV3Schema"), &"rule".into(), text));
         }
     }
 }
@@ -92,20 +76,14 @@ pub fn violations(object: &Value, errors: &mut Vec<FieldError>) {
 pub fn prepare(server: &ApiServer, object: &mut Value) {
     let kind = obj::text(object, &["spec", "names", "kind"]).to_owned();
     obj::set_default(object, &["spec", "names", "singular"], kind.to_lowercase());
-    obj::set_default(
-        object,
-        &["spec", "names", "listKind"],
-        format!("{kind}List"),
-    );
+    obj::set_default(object, &["spec", "names", "listKind"], format!("{kind}List"));
     obj::set_default(object, &["spec", "conversion", "strategy"], "None");
     let mut finalizers = obj::items(object, &["metadata", "finalizers"]).to_vec();
     if !obj::is_deleting(object) && !finalizers.iter().any(|one| one == CLEANUP) {
         finalizers.push(json!(CLEANUP));
         obj::set(object, &["metadata", "finalizers"], finalizers);
     }
-    let names = obj::at(object, &["spec", "names"])
-        .cloned()
-        .unwrap_or_default();
+    let names = obj::at(object, &["spec", "names"]).cloned().unwrap_or_default();
     let group = obj::text(object, &["spec", "group"]).to_owned();
     let plural = obj::text(object, &["spec", "names", "plural"]).to_owned();
     let taken = server
@@ -124,11 +102,7 @@ pub fn prepare(server: &ApiServer, object: &mut Value) {
         object,
         "NamesAccepted",
         taken.is_none(),
-        if taken.is_none() {
-            "NoConflicts"
-        } else {
-            "KindConflict"
-        },
+        if taken.is_none() { "NoConflicts" } else { "KindConflict" },
         &taken.as_ref().map_or_else(
             || "no conflicts found".to_owned(),
             |other| format!("\"{kind}\" is already in use by {other}"),
@@ -138,25 +112,13 @@ pub fn prepare(server: &ApiServer, object: &mut Value) {
         object,
         "Established",
         taken.is_none(),
-        if taken.is_none() {
-            "InitialNamesAccepted"
-        } else {
-            "NotAccepted"
-        },
-        if taken.is_none() {
-            "the initial names have been accepted"
-        } else {
-            "not all names are accepted"
-        },
+        if taken.is_none() { "InitialNamesAccepted" } else { "NotAccepted" },
+        if taken.is_none() { "the initial names have been accepted" } else { "not all names are accepted" },
     );
     if taken.is_none() {
         obj::set(object, &["status", "acceptedNames"], names);
     } else {
-        obj::set_default(
-            object,
-            &["status", "acceptedNames"],
-            json!({"kind": "", "plural": ""}),
-        );
+        obj::set_default(object, &["status", "acceptedNames"], json!({"kind": "", "plural": ""}));
     }
 }
 
@@ -177,19 +139,15 @@ fn set_condition(object: &mut Value, kind: &str, holds: bool, reason: &str, mess
 
 /// Serves what a stored definition defines.
 pub fn serve(server: &ApiServer, object: &Value) {
-    let (group, plural) = (
-        obj::text(object, &["spec", "group"]),
-        obj::text(object, &["spec", "names", "plural"]),
-    );
+    let (group, plural) =
+        (obj::text(object, &["spec", "group"]), obj::text(object, &["spec", "names", "plural"]));
     let is_established = obj::condition_is_true(object, "Established");
     server.registry.remove(group, plural);
     server.openapi.forget();
     if !is_established {
         return;
     }
-    for version in obj::items(object, &["spec", "versions"])
-        .iter()
-        .filter(|one| obj::flag(one, &["served"]))
+    for version in obj::items(object, &["spec", "versions"]).iter().filter(|one| obj::flag(one, &["served"]))
     {
         server.registry.add(resource(object, version));
     }
@@ -197,10 +155,8 @@ pub fn serve(server: &ApiServer, object: &Value) {
 
 /// Stops serving what a removed definition defined.
 pub fn forget(server: &ApiServer, object: &Value) {
-    let (group, plural) = (
-        obj::text(object, &["spec", "group"]),
-        obj::text(object, &["spec", "names", "plural"]),
-    );
+    let (group, plural) =
+        (obj::text(object, &["spec", "group"]), obj::text(object, &["spec", "names", "plural"]));
     server.registry.remove(group, plural);
     server.openapi.forget();
 }
@@ -214,11 +170,9 @@ fn resource(object: &Value, version: &Value) -> Resource {
             .collect::<Vec<_>>()
     };
     let group = obj::text(object, &["spec", "group"]).to_owned();
-    let optional =
-        |path: &[&str]| Some(obj::text(version, path).to_owned()).filter(|text| !text.is_empty());
-    let scale = obj::at(version, &["subresources", "scale"])
-        .filter(|scale| scale.is_object())
-        .map(|_| ScalePaths {
+    let optional = |path: &[&str]| Some(obj::text(version, path).to_owned()).filter(|text| !text.is_empty());
+    let scale =
+        obj::at(version, &["subresources", "scale"]).filter(|scale| scale.is_object()).map(|_| ScalePaths {
             spec: optional(&["subresources", "scale", "specReplicasPath"]).unwrap_or_default(),
             status: optional(&["subresources", "scale", "statusReplicasPath"]).unwrap_or_default(),
             selector: optional(&["subresources", "scale", "labelSelectorPath"]),
@@ -247,18 +201,12 @@ fn resource(object: &Value, version: &Value) -> Resource {
 fn root_schema(version: &Value) -> Schema {
     let raw = obj::at(version, &["schema", "openAPIV3Schema"]);
     let mut schema = raw.map_or_else(Schema::anything, Schema::parse);
-    let text = Arc::new(Schema {
-        kind: "string".to_owned(),
-        ..Schema::default()
-    });
+    let text = Arc::new(Schema { kind: "string".to_owned(), ..Schema::default() });
+    schema.properties.insert("apiVersion".to_owned(), text.clone());
+    schema.properties.insert("kind".to_owned(), text);
     schema
         .properties
-        .insert("apiVersion".to_owned(), text.clone());
-    schema.properties.insert("kind".to_owned(), text);
-    schema.properties.insert(
-        "metadata".to_owned(),
-        builtin::schema("io.k8s.apimachinery.pkg.apis.meta.v1.ObjectMeta"),
-    );
+        .insert("metadata".to_owned(), builtin::schema("io.k8s.apimachinery.pkg.apis.meta.v1.ObjectMeta"));
     schema
 }
 

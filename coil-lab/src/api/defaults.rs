@@ -33,11 +33,7 @@ pub fn apply(resource: &Resource, object: &mut Value, old: Option<&Value>) {
 
 fn namespace(object: &mut Value, old: Option<&Value>) {
     let name = obj::name(object).to_owned();
-    set(
-        object,
-        &["metadata", "labels", "kubernetes.io/metadata.name"],
-        name,
-    );
+    set(object, &["metadata", "labels", "kubernetes.io/metadata.name"], name);
     if old.is_none() {
         set(object, &["spec", "finalizers"], json!(["kubernetes"]));
         set(object, &["status", "phase"], "Active");
@@ -54,11 +50,7 @@ fn pod(object: &mut Value, old: Option<&Value>) {
         let account = obj::text(spec, &["serviceAccountName"]).to_owned();
         if account.is_empty() {
             let deprecated = obj::text(spec, &["serviceAccount"]).to_owned();
-            let account = if deprecated.is_empty() {
-                "default".to_owned()
-            } else {
-                deprecated
-            };
+            let account = if deprecated.is_empty() { "default".to_owned() } else { deprecated };
             set(spec, &["serviceAccountName"], account.clone());
             set(spec, &["serviceAccount"], account);
         } else {
@@ -76,10 +68,7 @@ fn pod(object: &mut Value, old: Option<&Value>) {
 
 fn not_ready_tolerations(spec: &mut Value) {
     let mut tolerations = obj::items(spec, &["tolerations"]).to_vec();
-    for key in [
-        "node.kubernetes.io/not-ready",
-        "node.kubernetes.io/unreachable",
-    ] {
+    for key in ["node.kubernetes.io/not-ready", "node.kubernetes.io/unreachable"] {
         let covered = tolerations.iter().any(|one| {
             let (its, operator) = (obj::text(one, &["key"]), obj::text(one, &["operator"]));
             its == key || its.is_empty() && operator == "Exists"
@@ -109,23 +98,13 @@ fn pod_spec(spec: &mut Value) {
     }
     let is_host_network = obj::flag(spec, &["hostNetwork"]);
     for list in ["containers", "initContainers"] {
-        for container in spec
-            .get_mut(list)
-            .and_then(Value::as_array_mut)
-            .into_iter()
-            .flatten()
-        {
+        for container in spec.get_mut(list).and_then(Value::as_array_mut).into_iter().flatten() {
             if container.is_object() {
                 defaults_of_container(container, is_host_network);
             }
         }
     }
-    for volume in spec
-        .get_mut("volumes")
-        .and_then(Value::as_array_mut)
-        .into_iter()
-        .flatten()
-    {
+    for volume in spec.get_mut("volumes").and_then(Value::as_array_mut).into_iter().flatten() {
         for source in ["configMap", "secret", "projected"] {
             if volume.get(source).is_some_and(Value::is_object) {
                 set_default(volume, &[source, "defaultMode"], 420);
@@ -139,30 +118,14 @@ fn pod_spec(spec: &mut Value) {
 
 fn defaults_of_container(container: &mut Value, is_host_network: bool) {
     let image = obj::text(container, &["image"]);
-    let tag = image
-        .rsplit('/')
-        .next()
-        .and_then(|last| last.split_once(':'))
-        .map(|(_, tag)| tag);
-    let policy = if tag.is_none_or(|tag| tag == "latest") && !image.contains('@') {
-        "Always"
-    } else {
-        "IfNotPresent"
-    };
+    let tag = image.rsplit('/').next().and_then(|last| last.split_once(':')).map(|(_, tag)| tag);
+    let policy =
+        if tag.is_none_or(|tag| tag == "latest") && !image.contains('@') { "Always" } else { "IfNotPresent" };
     set_default(container, &["imagePullPolicy"], policy);
-    set_default(
-        container,
-        &["terminationMessagePath"],
-        "/dev/termination-log",
-    );
+    set_default(container, &["terminationMessagePath"], "/dev/termination-log");
     set_default(container, &["terminationMessagePolicy"], "File");
     set_default(container, &["resources"], json!({}));
-    for port in container
-        .get_mut("ports")
-        .and_then(Value::as_array_mut)
-        .into_iter()
-        .flatten()
-    {
+    for port in container.get_mut("ports").and_then(Value::as_array_mut).into_iter().flatten() {
         if port.is_object() {
             set_default(port, &["protocol"], "TCP");
             if let Some(number) = obj::int(port, &["containerPort"]).filter(|_| is_host_network) {
@@ -182,12 +145,7 @@ fn defaults_of_container(container: &mut Value, is_host_network: bool) {
             }
         }
     }
-    for env in container
-        .get_mut("env")
-        .and_then(Value::as_array_mut)
-        .into_iter()
-        .flatten()
-    {
+    for env in container.get_mut("env").and_then(Value::as_array_mut).into_iter().flatten() {
         if obj::at(env, &["valueFrom", "fieldRef"]).is_some_and(Value::is_object) {
             set_default(env, &["valueFrom", "fieldRef", "apiVersion"], "v1");
         }
@@ -197,20 +155,14 @@ fn defaults_of_container(container: &mut Value, is_host_network: bool) {
 fn qos_class(object: &Value) -> &'static str {
     let containers = obj::items(object, &["spec", "containers"]);
     let part = |container: &Value, part: &str| {
-        obj::map(container, &["resources", part])
-            .cloned()
-            .unwrap_or_default()
+        obj::map(container, &["resources", part]).cloned().unwrap_or_default()
     };
-    let none = containers
-        .iter()
-        .all(|one| part(one, "requests").is_empty() && part(one, "limits").is_empty());
+    let none =
+        containers.iter().all(|one| part(one, "requests").is_empty() && part(one, "limits").is_empty());
     let full = |one: &Value| {
         let (limits, requests) = (part(one, "limits"), part(one, "requests"));
         ["cpu", "memory"].iter().all(|&name| {
-            limits.contains_key(name)
-                && requests
-                    .get(name)
-                    .is_none_or(|wish| Some(wish) == limits.get(name))
+            limits.contains_key(name) && requests.get(name).is_none_or(|wish| Some(wish) == limits.get(name))
         })
     };
     if none {
@@ -223,10 +175,7 @@ fn qos_class(object: &Value) -> &'static str {
 }
 
 fn template(object: &mut Value) {
-    if let Some(template) = object
-        .get_mut("spec")
-        .and_then(|spec| spec.get_mut("template"))
-    {
+    if let Some(template) = object.get_mut("spec").and_then(|spec| spec.get_mut("template")) {
         if !template.is_object() {
             return;
         }
@@ -246,16 +195,8 @@ fn deployment(object: &mut Value) {
     set_default(object, &["spec", "progressDeadlineSeconds"], 600);
     set_default(object, &["spec", "strategy", "type"], "RollingUpdate");
     if obj::text(object, &["spec", "strategy", "type"]) == "RollingUpdate" {
-        set_default(
-            object,
-            &["spec", "strategy", "rollingUpdate", "maxUnavailable"],
-            "25%",
-        );
-        set_default(
-            object,
-            &["spec", "strategy", "rollingUpdate", "maxSurge"],
-            "25%",
-        );
+        set_default(object, &["spec", "strategy", "rollingUpdate", "maxUnavailable"], "25%");
+        set_default(object, &["spec", "strategy", "rollingUpdate", "maxSurge"], "25%");
     }
     template(object);
 }
@@ -264,16 +205,8 @@ fn daemon_set(object: &mut Value) {
     set_default(object, &["spec", "revisionHistoryLimit"], 10);
     set_default(object, &["spec", "updateStrategy", "type"], "RollingUpdate");
     if obj::text(object, &["spec", "updateStrategy", "type"]) == "RollingUpdate" {
-        set_default(
-            object,
-            &["spec", "updateStrategy", "rollingUpdate", "maxUnavailable"],
-            1,
-        );
-        set_default(
-            object,
-            &["spec", "updateStrategy", "rollingUpdate", "maxSurge"],
-            0,
-        );
+        set_default(object, &["spec", "updateStrategy", "rollingUpdate", "maxUnavailable"], 1);
+        set_default(object, &["spec", "updateStrategy", "rollingUpdate", "maxSurge"], 0);
     }
     template(object);
 }
@@ -298,23 +231,11 @@ fn service(object: &mut Value) {
     set_default(object, &["spec", "sessionAffinity"], "None");
     set_default(object, &["spec", "internalTrafficPolicy"], "Cluster");
     if obj::text(object, &["spec", "sessionAffinity"]) == "ClientIP" {
-        set_default(
-            object,
-            &[
-                "spec",
-                "sessionAffinityConfig",
-                "clientIP",
-                "timeoutSeconds",
-            ],
-            10_800,
-        );
+        set_default(object, &["spec", "sessionAffinityConfig", "clientIP", "timeoutSeconds"], 10_800);
     } else {
         obj::remove(object, &["spec", "sessionAffinityConfig"]);
     }
-    let ports = object
-        .get_mut("spec")
-        .and_then(|spec| spec.get_mut("ports"))
-        .and_then(Value::as_array_mut);
+    let ports = object.get_mut("spec").and_then(|spec| spec.get_mut("ports")).and_then(Value::as_array_mut);
     for port in ports.into_iter().flatten().filter(|port| port.is_object()) {
         set_default(port, &["protocol"], "TCP");
         if let Some(number) = port.get("port").cloned() {
@@ -364,11 +285,7 @@ fn endpoint_slice(object: &mut Value) {
 fn node(object: &mut Value, old: Option<&Value>) {
     if old.is_none() {
         let name = obj::name(object).to_owned();
-        set_default(
-            object,
-            &["metadata", "labels", "kubernetes.io/hostname"],
-            name,
-        );
+        set_default(object, &["metadata", "labels", "kubernetes.io/hostname"], name);
     }
 }
 
@@ -383,12 +300,7 @@ fn event(object: &mut Value) {
 }
 
 fn webhooks(object: &mut Value) {
-    for hook in object
-        .get_mut("webhooks")
-        .and_then(Value::as_array_mut)
-        .into_iter()
-        .flatten()
-    {
+    for hook in object.get_mut("webhooks").and_then(Value::as_array_mut).into_iter().flatten() {
         if !hook.is_object() {
             continue;
         }
@@ -409,13 +321,9 @@ mod tests {
 
     #[test]
     fn base64_of_all_lengths() {
-        for (plain, encoded) in [
-            ("", ""),
-            ("f", "Zg=="),
-            ("fo", "Zm8="),
-            ("foo", "Zm9v"),
-            ("foob", "Zm9vYg=="),
-        ] {
+        for (plain, encoded) in
+            [("", ""), ("f", "Zg=="), ("fo", "Zm8="), ("foo", "Zm9v"), ("foob", "Zm9vYg==")]
+        {
             assert_eq!(base64(plain.as_bytes()), encoded);
         }
     }

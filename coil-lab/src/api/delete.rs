@@ -45,23 +45,15 @@ pub struct DeleteOptions {
 
 impl Default for DeleteOptions {
     fn default() -> Self {
-        Self {
-            grace: None,
-            uid: None,
-            version: None,
-            propagation: Propagation::Background,
-            dry_run: false,
-        }
+        Self { grace: None, uid: None, version: None, propagation: Propagation::Background, dry_run: false }
     }
 }
 
 impl DeleteOptions {
     /// From a body (which may be null) and the query.
     pub fn read(body: &Value, query: &super::request::Query) -> ApiResult<Self> {
-        let text =
-            |path: &[&str]| Some(obj::text(body, path).to_owned()).filter(|text| !text.is_empty());
-        let from_query =
-            |name: &str| Some(query.get(name).to_owned()).filter(|text| !text.is_empty());
+        let text = |path: &[&str]| Some(obj::text(body, path).to_owned()).filter(|text| !text.is_empty());
+        let from_query = |name: &str| Some(query.get(name).to_owned()).filter(|text| !text.is_empty());
         let policy = text(&["propagationPolicy"]).or_else(|| from_query("propagationPolicy"));
         let orphan = obj::flag(body, &["orphanDependents"]) || query.flag("orphanDependents");
         let propagation = match policy.as_deref() {
@@ -75,8 +67,8 @@ impl DeleteOptions {
                 )));
             }
         };
-        let grace = obj::int(body, &["gracePeriodSeconds"])
-            .or_else(|| query.get("gracePeriodSeconds").parse().ok());
+        let grace =
+            obj::int(body, &["gracePeriodSeconds"]).or_else(|| query.get("gracePeriodSeconds").parse().ok());
         if grace.is_some_and(|grace| grace < 0) {
             return Err(ApiError::bad_request(
                 "gracePeriodSeconds: Invalid value: must be greater than or equal to 0",
@@ -87,8 +79,7 @@ impl DeleteOptions {
             uid: text(&["preconditions", "uid"]),
             version: text(&["preconditions", "resourceVersion"]),
             propagation,
-            dry_run: query.dry_run()?
-                || obj::items(body, &["dryRun"]).iter().any(|one| one == "All"),
+            dry_run: query.dry_run()? || obj::items(body, &["dryRun"]).iter().any(|one| one == "All"),
         })
     }
 }
@@ -138,10 +129,7 @@ impl ApiServer {
             }
             let key = key(namespace, name);
             if may_be_removed(resource, &object) {
-                match self
-                    .store
-                    .remove(&resource.storage, &key, Some(obj::version(&old)))
-                {
+                match self.store.remove(&resource.storage, &key, Some(obj::version(&old))) {
                     Ok(last) => {
                         self.after_removal(resource, &last);
                         return Ok(Deleted::Gone(last));
@@ -155,10 +143,7 @@ impl ApiServer {
             if object == *old {
                 return Ok(Deleted::Marked(old));
             }
-            match self
-                .store
-                .replace(&resource.storage, &key, obj::version(&old), object)
-            {
+            match self.store.replace(&resource.storage, &key, obj::version(&old), object) {
                 Ok(stored) => return Ok(Deleted::Marked(stored)),
                 Err(StoreError::Missing) => {
                     return Err(ApiError::not_found(&resource.plural, &resource.group, name));
@@ -177,12 +162,7 @@ impl ApiServer {
     ) -> ApiResult<()> {
         let protected = ["default", "kube-system", "kube-public"];
         if resource.kind == "Namespace" && protected.contains(&name) {
-            return Err(ApiError::forbidden(
-                &resource.plural,
-                "",
-                name,
-                "this namespace may not be deleted",
-            ));
+            return Err(ApiError::forbidden(&resource.plural, "", name, "this namespace may not be deleted"));
         }
         let failed = |what: &str, wanted: &str, found: &str| {
             ApiError::conflict(
@@ -197,11 +177,7 @@ impl ApiServer {
         if let Some(uid) = options.uid.as_deref().filter(|&uid| uid != obj::uid(old)) {
             return Err(failed("UID", uid, obj::uid(old)));
         }
-        if let Some(version) = options
-            .version
-            .as_deref()
-            .filter(|&version| version != obj::version(old))
-        {
+        if let Some(version) = options.version.as_deref().filter(|&version| version != obj::version(old)) {
             return Err(failed("ResourceVersion", version, obj::version(old)));
         }
         Ok(())
@@ -282,15 +258,11 @@ impl ApiServer {
     /// Takes over the finalizers of a namespace's spec; without any it goes.
     pub fn finalize_namespace(&self, name: &str, wanted: &Value) -> ApiResult<Arc<Value>> {
         let namespaces = self.resource("", "namespaces")?;
-        let mut options = super::write::WriteOptions::internal("namespace-controller")
-            .with_part(super::write::Part::Whole);
+        let mut options =
+            super::write::WriteOptions::internal("namespace-controller").with_part(super::write::Part::Whole);
         self.rewrite(&namespaces, None, name, &mut options, &mut |old, _| {
             let mut new = old.clone();
-            obj::set(
-                &mut new,
-                &["spec", "finalizers"],
-                obj::items(wanted, &["spec", "finalizers"]).to_vec(),
-            );
+            obj::set(&mut new, &["spec", "finalizers"], obj::items(wanted, &["spec", "finalizers"]).to_vec());
             Ok(new)
         })
     }

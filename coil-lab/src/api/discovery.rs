@@ -29,8 +29,7 @@ pub fn core_versions() -> Value {
 }
 
 fn group(name: &str, versions: &[String]) -> Value {
-    let version =
-        |version: &String| json!({"groupVersion": format!("{name}/{version}"), "version": version});
+    let version = |version: &String| json!({"groupVersion": format!("{name}/{version}"), "version": version});
     json!({
         "name": name,
         "versions": versions.iter().map(version).collect::<Vec<_>>(),
@@ -40,10 +39,8 @@ fn group(name: &str, versions: &[String]) -> Value {
 
 /// `/apis`.
 pub fn groups(server: &ApiServer) -> Value {
-    let groups: Vec<Value> = all_groups(server)
-        .iter()
-        .map(|(name, versions)| group(name, versions))
-        .collect();
+    let groups: Vec<Value> =
+        all_groups(server).iter().map(|(name, versions)| group(name, versions)).collect();
     json!({"kind": "APIGroupList", "apiVersion": "v1", "groups": groups})
 }
 
@@ -51,9 +48,7 @@ pub fn groups(server: &ApiServer) -> Value {
 fn all_groups(server: &ApiServer) -> BTreeMap<String, Vec<String>> {
     let mut groups = server.registry.groups();
     for (name, _, _, _) in super::subresource::REVIEWS {
-        groups
-            .entry(name.to_owned())
-            .or_insert_with(|| vec!["v1".to_owned()]);
+        groups.entry(name.to_owned()).or_insert_with(|| vec!["v1".to_owned()]);
     }
     groups
 }
@@ -68,26 +63,14 @@ pub fn one_group(server: &ApiServer, name: &str) -> ApiResult<Value> {
     Ok(found)
 }
 
-const VERBS: [&str; 8] = [
-    "create",
-    "delete",
-    "deletecollection",
-    "get",
-    "list",
-    "patch",
-    "update",
-    "watch",
-];
+const VERBS: [&str; 8] = ["create", "delete", "deletecollection", "get", "list", "patch", "update", "watch"];
 const STATUS_VERBS: [&str; 3] = ["get", "patch", "update"];
 
 /// `/api/v1` and `/apis/<group>/<version>`.
 pub fn resources(server: &ApiServer, group: &str, version: &str) -> ApiResult<Value> {
     let served = server.registry.of_version(group, version);
     let mut list: Vec<Value> = Vec::new();
-    let reviews: Vec<_> = super::subresource::REVIEWS
-        .iter()
-        .filter(|one| one.0 == group)
-        .collect();
+    let reviews: Vec<_> = super::subresource::REVIEWS.iter().filter(|one| one.0 == group).collect();
     if version == "v1" && !reviews.is_empty() {
         for (_, plural, kind, namespaced) in reviews {
             list.push(json!({
@@ -101,11 +84,7 @@ pub fn resources(server: &ApiServer, group: &str, version: &str) -> ApiResult<Va
     for one in served {
         describe(&one, &mut list);
     }
-    let api_version = if group.is_empty() {
-        version.to_owned()
-    } else {
-        format!("{group}/{version}")
-    };
+    let api_version = if group.is_empty() { version.to_owned() } else { format!("{group}/{version}") };
     Ok(json!({
         "kind": "APIResourceList", "apiVersion": "v1", "groupVersion": api_version, "resources": list,
     }))

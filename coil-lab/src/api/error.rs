@@ -16,11 +16,7 @@ pub struct FieldError {
 
 impl FieldError {
     /// A value that is not acceptable.
-    pub fn invalid(
-        field: impl Into<String>,
-        value: &Value,
-        detail: impl std::fmt::Display,
-    ) -> Self {
+    pub fn invalid(field: impl Into<String>, value: &Value, detail: impl std::fmt::Display) -> Self {
         Self {
             reason: "FieldValueInvalid",
             field: field.into(),
@@ -30,25 +26,14 @@ impl FieldError {
 
     /// A value that is missing.
     pub fn required(field: impl Into<String>, detail: &str) -> Self {
-        let message = if detail.is_empty() {
-            "Required value".to_owned()
-        } else {
-            format!("Required value: {detail}")
-        };
-        Self {
-            reason: "FieldValueRequired",
-            field: field.into(),
-            message,
-        }
+        let message =
+            if detail.is_empty() { "Required value".to_owned() } else { format!("Required value: {detail}") };
+        Self { reason: "FieldValueRequired", field: field.into(), message }
     }
 
     /// A value that may not be changed or set.
     pub fn forbidden(field: impl Into<String>, detail: impl std::fmt::Display) -> Self {
-        Self {
-            reason: "FieldValueForbidden",
-            field: field.into(),
-            message: format!("Forbidden: {detail}"),
-        }
+        Self { reason: "FieldValueForbidden", field: field.into(), message: format!("Forbidden: {detail}") }
     }
 
     /// A value outside of a closed set.
@@ -57,20 +42,13 @@ impl FieldError {
         Self {
             reason: "FieldValueNotSupported",
             field: field.into(),
-            message: format!(
-                "Unsupported value: {value}: supported values: {}",
-                allowed.join(", ")
-            ),
+            message: format!("Unsupported value: {value}: supported values: {}", allowed.join(", ")),
         }
     }
 
     /// The text with the field path in front.
     pub fn text(&self) -> String {
-        if self.field.is_empty() {
-            self.message.clone()
-        } else {
-            format!("{}: {}", self.field, self.message)
-        }
+        if self.field.is_empty() { self.message.clone() } else { format!("{}: {}", self.field, self.message) }
     }
 }
 
@@ -93,21 +71,12 @@ pub type ApiResult<T> = Result<T, ApiError>;
 
 /// The resource as texts of errors print it: `egresses.coil.cybozu.com`.
 pub fn qualified(resource: &str, group: &str) -> String {
-    if group.is_empty() {
-        resource.to_owned()
-    } else {
-        format!("{resource}.{group}")
-    }
+    if group.is_empty() { resource.to_owned() } else { format!("{resource}.{group}") }
 }
 
 impl ApiError {
     fn plain(code: StatusCode, reason: &'static str, message: impl Into<String>) -> Self {
-        Self {
-            code: code.as_u16(),
-            reason,
-            message: message.into(),
-            details: None,
-        }
+        Self { code: code.as_u16(), reason, message: message.into(), details: None }
     }
 
     fn about(mut self, resource: &str, group: &str, name: &str) -> Self {
@@ -129,12 +98,8 @@ impl ApiError {
 
     /// 404 for a path that means nothing.
     pub fn unknown_path() -> Self {
-        Self::plain(
-            StatusCode::NOT_FOUND,
-            "NotFound",
-            "the server could not find the requested resource",
-        )
-        .with_details(json!({}))
+        Self::plain(StatusCode::NOT_FOUND, "NotFound", "the server could not find the requested resource")
+            .with_details(json!({}))
     }
 
     /// 409, the name is taken.
@@ -145,10 +110,8 @@ impl ApiError {
 
     /// 409, somebody else wrote first.
     pub fn conflict(resource: &str, group: &str, name: &str, detail: &str) -> Self {
-        let message = format!(
-            "Operation cannot be fulfilled on {} \"{name}\": {detail}",
-            qualified(resource, group)
-        );
+        let message =
+            format!("Operation cannot be fulfilled on {} \"{name}\": {detail}", qualified(resource, group));
         Self::plain(StatusCode::CONFLICT, "Conflict", message).about(resource, group, name)
     }
 
@@ -174,8 +137,8 @@ impl ApiError {
             .iter()
             .map(|one| json!({"reason": one.reason, "message": one.message, "field": one.field}))
             .collect();
-        let mut error = Self::plain(StatusCode::UNPROCESSABLE_ENTITY, "Invalid", message)
-            .about(kind, group, name);
+        let mut error =
+            Self::plain(StatusCode::UNPROCESSABLE_ENTITY, "Invalid", message).about(kind, group, name);
         if let Some(Value::Object(details)) = &mut error.details {
             details.insert("causes".into(), Value::Array(causes));
         }
@@ -189,10 +152,7 @@ impl ApiError {
 
     /// 403.
     pub fn forbidden(resource: &str, group: &str, name: &str, detail: &str) -> Self {
-        let message = format!(
-            "{} \"{name}\" is forbidden: {detail}",
-            qualified(resource, group)
-        );
+        let message = format!("{} \"{name}\" is forbidden: {detail}", qualified(resource, group));
         Self::plain(StatusCode::FORBIDDEN, "Forbidden", message).about(resource, group, name)
     }
 

@@ -27,10 +27,7 @@ fn renamed(event: &Value, api_version: &str, name: impl Fn(&str) -> Option<&'sta
 pub fn to_new(event: &Value) -> Value {
     renamed(event, "events.k8s.io/v1", |key| match key {
         "count" => Some("deprecatedCount"),
-        _ => RENAMED
-            .iter()
-            .find(|(_, core)| *core == key)
-            .map(|(new, _)| *new),
+        _ => RENAMED.iter().find(|(_, core)| *core == key).map(|(new, _)| *new),
     })
 }
 
@@ -38,10 +35,7 @@ pub fn to_new(event: &Value) -> Value {
 pub fn to_core(event: &Value) -> Value {
     renamed(event, "v1", |key| match key {
         "deprecatedCount" => Some("count"),
-        _ => RENAMED
-            .iter()
-            .find(|(new, _)| *new == key)
-            .map(|(_, core)| *core),
+        _ => RENAMED.iter().find(|(new, _)| *new == key).map(|(_, core)| *core),
     })
 }
 

@@ -24,11 +24,7 @@ pub struct ServiceIps {
 impl ServiceIps {
     /// Over the given ranges.
     pub fn new(v4: Option<Ipv4Net>, v6: Option<Ipv6Net>) -> Self {
-        Self {
-            v4,
-            v6,
-            used: Mutex::new(BTreeSet::new()),
-        }
+        Self { v4, v6, used: Mutex::new(BTreeSet::new()) }
     }
 
     fn used(&self) -> MutexGuard<'_, BTreeSet<IpAddr>> {
@@ -37,12 +33,7 @@ impl ServiceIps {
 
     /// Gives a service its families and addresses. On an update the old ones are kept, and families added or removed
     /// as the policy says.
-    pub fn assign(
-        &self,
-        service: &mut Value,
-        old: Option<&Value>,
-        prefer_v6: bool,
-    ) -> ApiResult<()> {
+    pub fn assign(&self, service: &mut Value, old: Option<&Value>, prefer_v6: bool) -> ApiResult<()> {
         if obj::text(service, &["spec", "type"]) == "ExternalName" {
             for field in ["clusterIP", "clusterIPs", "ipFamilies", "ipFamilyPolicy"] {
                 obj::remove(service, &["spec", field]);
@@ -61,11 +52,7 @@ impl ServiceIps {
         obj::set(
             service,
             &["spec", "ipFamilyPolicy"],
-            if policy.is_empty() {
-                "SingleStack"
-            } else {
-                &policy
-            },
+            if policy.is_empty() { "SingleStack" } else { &policy },
         );
         obj::set(
             service,
@@ -98,9 +85,7 @@ impl ServiceIps {
                     ip
                 }
                 None => self.next_free(&used, family).ok_or_else(|| {
-                    ApiError::internal(format!(
-                        "failed to allocate a serviceIP: {family} range is full"
-                    ))
+                    ApiError::internal(format!("failed to allocate a serviceIP: {family} range is full"))
                 })?,
             };
             used.insert(ip);
@@ -110,11 +95,7 @@ impl ServiceIps {
             used.remove(ip);
         }
         let texts: Vec<Value> = chosen.iter().map(|ip| json!(ip.to_string())).collect();
-        obj::set(
-            service,
-            &["spec", "clusterIP"],
-            texts.first().cloned().unwrap_or_default(),
-        );
+        obj::set(service, &["spec", "clusterIP"], texts.first().cloned().unwrap_or_default());
         obj::set(service, &["spec", "clusterIPs"], texts);
         Ok(())
     }
@@ -129,26 +110,16 @@ impl ServiceIps {
             return Ok(());
         };
         let error = FieldError::invalid("spec.clusterIPs", &json!([ip.to_string()]), detail);
-        Err(ApiError::invalid(
-            "Service",
-            "",
-            obj::name(service),
-            &[error],
-        ))
+        Err(ApiError::invalid("Service", "", obj::name(service), &[error]))
     }
 
     fn families(&self, service: &Value, prefer_v6: bool) -> ApiResult<Vec<&'static str>> {
         let has = |family: &str| {
-            if family == "IPv4" {
-                self.v4.is_some()
-            } else {
-                self.v6.is_some()
-            }
+            if family == "IPv4" { self.v4.is_some() } else { self.v6.is_some() }
         };
         let mut wished: Vec<&'static str> = Vec::new();
-        let named = obj::items(service, &["spec", "ipFamilies"])
-            .iter()
-            .filter_map(|one| match one.as_str() {
+        let named =
+            obj::items(service, &["spec", "ipFamilies"]).iter().filter_map(|one| match one.as_str() {
                 Some("IPv4") => Some("IPv4"),
                 Some("IPv6") => Some("IPv6"),
                 _ => None,
@@ -160,21 +131,12 @@ impl ServiceIps {
                 wished.push(family);
             }
         }
-        let order = if prefer_v6 {
-            ["IPv6", "IPv4"]
-        } else {
-            ["IPv4", "IPv6"]
-        };
+        let order = if prefer_v6 { ["IPv6", "IPv4"] } else { ["IPv4", "IPv6"] };
         let available: Vec<&'static str> = order.into_iter().filter(|family| has(family)).collect();
         let invalid = |detail: String| {
             let value = json!(wished);
             let error = FieldError::invalid("spec.ipFamilies", &value, detail);
-            Err(ApiError::invalid(
-                "Service",
-                "",
-                obj::name(service),
-                &[error],
-            ))
+            Err(ApiError::invalid("Service", "", obj::name(service), &[error]))
         };
         if let Some(family) = wished.iter().find(|family| !has(family)) {
             return invalid(format!("{family} is not configured on this cluster"));
@@ -199,8 +161,7 @@ impl ServiceIps {
     fn next_free(&self, used: &BTreeSet<IpAddr>, family: &str) -> Option<IpAddr> {
         if family == "IPv4" {
             let first = u32::from(self.v4?.network());
-            let size = usize::try_from(u64::from(u32::from(self.v4?.broadcast()) - first))
-                .unwrap_or(SEARCH);
+            let size = usize::try_from(u64::from(u32::from(self.v4?.broadcast()) - first)).unwrap_or(SEARCH);
             (1..size.min(SEARCH))
                 .filter_map(|offset| u32::try_from(offset).ok())
                 .map(|offset| IpAddr::from(std::net::Ipv4Addr::from(first + offset)))
@@ -230,11 +191,7 @@ fn wished(service: &Value) -> Vec<IpAddr> {
     let mut all: Vec<IpAddr> = Vec::new();
     let first = obj::at(service, &["spec", "clusterIP"]).into_iter();
     for one in first.chain(obj::items(service, &["spec", "clusterIPs"])) {
-        if let Some(ip) = one
-            .as_str()
-            .and_then(|text| text.parse().ok())
-            .filter(|ip| !all.contains(ip))
-        {
+        if let Some(ip) = one.as_str().and_then(|text| text.parse().ok()).filter(|ip| !all.contains(ip)) {
             all.push(ip);
         }
     }
@@ -247,10 +204,7 @@ mod tests {
     use super::*;
 
     fn ips() -> ServiceIps {
-        ServiceIps::new(
-            Some("10.96.0.0/16".parse().unwrap()),
-            Some("fd00:96::/112".parse().unwrap()),
-        )
+        ServiceIps::new(Some("10.96.0.0/16".parse().unwrap()), Some("fd00:96::/112".parse().unwrap()))
     }
 
     #[test]
@@ -261,10 +215,7 @@ mod tests {
         assert_eq!(single["spec"]["clusterIPs"], json!(["10.96.0.1"]));
         let mut dual = json!({"spec": {"ipFamilyPolicy": "PreferDualStack"}});
         ips.assign(&mut dual, None, false).unwrap();
-        assert_eq!(
-            dual["spec"]["clusterIPs"],
-            json!(["10.96.0.2", "fd00:96::1"])
-        );
+        assert_eq!(dual["spec"]["clusterIPs"], json!(["10.96.0.2", "fd00:96::1"]));
         assert_eq!(dual["spec"]["ipFamilies"], json!(["IPv4", "IPv6"]));
         let mut taken = json!({"spec": {"clusterIP": "10.96.0.1"}});
         assert!(ips.assign(&mut taken, None, false).is_err());
@@ -282,10 +233,7 @@ mod tests {
         ips.assign(&mut first, None, false).unwrap();
         let mut update = json!({"spec": {"ipFamilyPolicy": "PreferDualStack"}});
         ips.assign(&mut update, Some(&first), false).unwrap();
-        assert_eq!(
-            update["spec"]["clusterIPs"],
-            json!(["fd00:96::1", "10.96.0.1"])
-        );
+        assert_eq!(update["spec"]["clusterIPs"], json!(["fd00:96::1", "10.96.0.1"]));
     }
 
     #[test]

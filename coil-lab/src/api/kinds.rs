@@ -62,79 +62,18 @@ const RBAC: (&str, &str) = ("rbac.authorization.k8s.io", "v1");
 const ADMISSION: (&str, &str) = ("admissionregistration.k8s.io", "v1");
 
 const KINDS: &[Kind] = &[
-    kind(
-        CORE,
-        "Namespace",
-        "namespaces",
-        CLUSTER,
-        &["ns"],
-        "core.v1.Namespace",
-    )
-    .with_status(),
+    kind(CORE, "Namespace", "namespaces", CLUSTER, &["ns"], "core.v1.Namespace").with_status(),
     kind(CORE, "Node", "nodes", CLUSTER, &["no"], "core.v1.Node").with_status(),
-    kind(CORE, "Pod", "pods", NAMESPACED, &["po"], "core.v1.Pod")
-        .with_status()
-        .in_all(),
-    kind(
-        CORE,
-        "PodTemplate",
-        "podtemplates",
-        NAMESPACED,
-        &[],
-        "core.v1.PodTemplate",
-    ),
-    kind(
-        CORE,
-        "Service",
-        "services",
-        NAMESPACED,
-        &["svc"],
-        "core.v1.Service",
-    )
-    .with_status()
-    .in_all(),
-    kind(
-        CORE,
-        "Endpoints",
-        "endpoints",
-        NAMESPACED,
-        &["ep"],
-        "core.v1.Endpoints",
-    ),
-    kind(
-        CORE,
-        "ConfigMap",
-        "configmaps",
-        NAMESPACED,
-        &["cm"],
-        "core.v1.ConfigMap",
-    ),
+    kind(CORE, "Pod", "pods", NAMESPACED, &["po"], "core.v1.Pod").with_status().in_all(),
+    kind(CORE, "PodTemplate", "podtemplates", NAMESPACED, &[], "core.v1.PodTemplate"),
+    kind(CORE, "Service", "services", NAMESPACED, &["svc"], "core.v1.Service").with_status().in_all(),
+    kind(CORE, "Endpoints", "endpoints", NAMESPACED, &["ep"], "core.v1.Endpoints"),
+    kind(CORE, "ConfigMap", "configmaps", NAMESPACED, &["cm"], "core.v1.ConfigMap"),
     kind(CORE, "Secret", "secrets", NAMESPACED, &[], "core.v1.Secret"),
-    kind(
-        CORE,
-        "ServiceAccount",
-        "serviceaccounts",
-        NAMESPACED,
-        &["sa"],
-        "core.v1.ServiceAccount",
-    ),
-    kind(
-        CORE,
-        "Event",
-        "events",
-        NAMESPACED,
-        &["ev"],
-        "core.v1.Event",
-    ),
-    kind(
-        CORE,
-        "PersistentVolume",
-        "persistentvolumes",
-        CLUSTER,
-        &["pv"],
-        "core.v1.PersistentVolume",
-    )
-    .with_status(),
+    kind(CORE, "ServiceAccount", "serviceaccounts", NAMESPACED, &["sa"], "core.v1.ServiceAccount"),
+    kind(CORE, "Event", "events", NAMESPACED, &["ev"], "core.v1.Event"),
+    kind(CORE, "PersistentVolume", "persistentvolumes", CLUSTER, &["pv"], "core.v1.PersistentVolume")
+        .with_status(),
     kind(
         CORE,
         "PersistentVolumeClaim",
@@ -155,82 +94,24 @@ const KINDS: &[Kind] = &[
     .with_status()
     .with_scale()
     .in_all(),
-    kind(
-        CORE,
-        "ResourceQuota",
-        "resourcequotas",
-        NAMESPACED,
-        &["quota"],
-        "core.v1.ResourceQuota",
-    )
-    .with_status(),
-    kind(
-        CORE,
-        "LimitRange",
-        "limitranges",
-        NAMESPACED,
-        &["limits"],
-        "core.v1.LimitRange",
-    ),
-    kind(
-        ("events.k8s.io", "v1"),
-        "Event",
-        "events",
-        NAMESPACED,
-        &["ev"],
-        "events.v1.Event",
-    ),
-    kind(
-        APPS,
-        "Deployment",
-        "deployments",
-        NAMESPACED,
-        &["deploy"],
-        "apps.v1.Deployment",
-    )
-    .with_status()
-    .with_scale()
-    .in_all(),
-    kind(
-        APPS,
-        "ReplicaSet",
-        "replicasets",
-        NAMESPACED,
-        &["rs"],
-        "apps.v1.ReplicaSet",
-    )
-    .with_status()
-    .with_scale()
-    .in_all(),
-    kind(
-        APPS,
-        "DaemonSet",
-        "daemonsets",
-        NAMESPACED,
-        &["ds"],
-        "apps.v1.DaemonSet",
-    )
-    .with_status()
-    .in_all(),
-    kind(
-        APPS,
-        "StatefulSet",
-        "statefulsets",
-        NAMESPACED,
-        &["sts"],
-        "apps.v1.StatefulSet",
-    )
-    .with_status()
-    .with_scale()
-    .in_all(),
-    kind(
-        APPS,
-        "ControllerRevision",
-        "controllerrevisions",
-        NAMESPACED,
-        &[],
-        "apps.v1.ControllerRevision",
-    ),
+    kind(CORE, "ResourceQuota", "resourcequotas", NAMESPACED, &["quota"], "core.v1.ResourceQuota")
+        .with_status(),
+    kind(CORE, "LimitRange", "limitranges", NAMESPACED, &["limits"], "core.v1.LimitRange"),
+    kind(("events.k8s.io", "v1"), "Event", "events", NAMESPACED, &["ev"], "events.v1.Event"),
+    kind(APPS, "Deployment", "deployments", NAMESPACED, &["deploy"], "apps.v1.Deployment")
+        .with_status()
+        .with_scale()
+        .in_all(),
+    kind(APPS, "ReplicaSet", "replicasets", NAMESPACED, &["rs"], "apps.v1.ReplicaSet")
+        .with_status()
+        .with_scale()
+        .in_all(),
+    kind(APPS, "DaemonSet", "daemonsets", NAMESPACED, &["ds"], "apps.v1.DaemonSet").with_status().in_all(),
+    kind(APPS, "StatefulSet", "statefulsets", NAMESPACED, &["sts"], "apps.v1.StatefulSet")
+        .with_status()
+        .with_scale()
+        .in_all(),
+    kind(APPS, "ControllerRevision", "controllerrevisions", NAMESPACED, &[], "apps.v1.ControllerRevision"),
     kind(
         ("policy", "v1"),
         "PodDisruptionBudget",
@@ -248,59 +129,15 @@ const KINDS: &[Kind] = &[
         &[],
         "discovery.v1.EndpointSlice",
     ),
-    kind(
-        ("coordination.k8s.io", "v1"),
-        "Lease",
-        "leases",
-        NAMESPACED,
-        &[],
-        "coordination.v1.Lease",
-    ),
+    kind(("coordination.k8s.io", "v1"), "Lease", "leases", NAMESPACED, &[], "coordination.v1.Lease"),
     kind(RBAC, "Role", "roles", NAMESPACED, &[], "rbac.v1.Role"),
-    kind(
-        RBAC,
-        "RoleBinding",
-        "rolebindings",
-        NAMESPACED,
-        &[],
-        "rbac.v1.RoleBinding",
-    ),
-    kind(
-        RBAC,
-        "ClusterRole",
-        "clusterroles",
-        CLUSTER,
-        &[],
-        "rbac.v1.ClusterRole",
-    ),
-    kind(
-        RBAC,
-        "ClusterRoleBinding",
-        "clusterrolebindings",
-        CLUSTER,
-        &[],
-        "rbac.v1.ClusterRoleBinding",
-    ),
-    kind(
-        ("batch", "v1"),
-        "Job",
-        "jobs",
-        NAMESPACED,
-        &[],
-        "batch.v1.Job",
-    )
-    .with_status()
-    .in_all(),
-    kind(
-        ("batch", "v1"),
-        "CronJob",
-        "cronjobs",
-        NAMESPACED,
-        &["cj"],
-        "batch.v1.CronJob",
-    )
-    .with_status()
-    .in_all(),
+    kind(RBAC, "RoleBinding", "rolebindings", NAMESPACED, &[], "rbac.v1.RoleBinding"),
+    kind(RBAC, "ClusterRole", "clusterroles", CLUSTER, &[], "rbac.v1.ClusterRole"),
+    kind(RBAC, "ClusterRoleBinding", "clusterrolebindings", CLUSTER, &[], "rbac.v1.ClusterRoleBinding"),
+    kind(("batch", "v1"), "Job", "jobs", NAMESPACED, &[], "batch.v1.Job").with_status().in_all(),
+    kind(("batch", "v1"), "CronJob", "cronjobs", NAMESPACED, &["cj"], "batch.v1.CronJob")
+        .with_status()
+        .in_all(),
     kind(
         ("networking.k8s.io", "v1"),
         "NetworkPolicy",
@@ -309,15 +146,8 @@ const KINDS: &[Kind] = &[
         &["netpol"],
         "networking.v1.NetworkPolicy",
     ),
-    kind(
-        ("networking.k8s.io", "v1"),
-        "Ingress",
-        "ingresses",
-        NAMESPACED,
-        &["ing"],
-        "networking.v1.Ingress",
-    )
-    .with_status(),
+    kind(("networking.k8s.io", "v1"), "Ingress", "ingresses", NAMESPACED, &["ing"], "networking.v1.Ingress")
+        .with_status(),
     kind(
         ("scheduling.k8s.io", "v1"),
         "PriorityClass",
@@ -367,18 +197,12 @@ pub const CRD_DEFINITION: &str =
 
 /// The OpenAPI name of a built-in kind's definition.
 pub fn definition(group: &str, kind: &str) -> Option<String> {
-    let found = KINDS
-        .iter()
-        .find(|one| one.group == group && one.kind == kind)?;
+    let found = KINDS.iter().find(|one| one.group == group && one.kind == kind)?;
     Some(full_definition(found.definition))
 }
 
 fn full_definition(short: &str) -> String {
-    if short.is_empty() {
-        CRD_DEFINITION.to_owned()
-    } else {
-        format!("io.k8s.api.{short}")
-    }
+    if short.is_empty() { CRD_DEFINITION.to_owned() } else { format!("io.k8s.api.{short}") }
 }
 
 /// Serves all built-in resources.
@@ -410,11 +234,7 @@ fn resource(one: &Kind) -> Resource {
         list_kind: format!("{}List", one.kind),
         namespaced: one.namespaced,
         short_names: one.short.iter().map(|&short| short.to_owned()).collect(),
-        categories: if one.all {
-            vec!["all".to_owned()]
-        } else {
-            Vec::new()
-        },
+        categories: if one.all { vec!["all".to_owned()] } else { Vec::new() },
         status: one.status,
         scale: one.scale.then(|| ScalePaths {
             spec: ".spec.replicas".to_owned(),

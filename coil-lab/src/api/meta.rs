@@ -66,19 +66,14 @@ fn is_subdomain(text: &str) -> bool {
     text.len() <= 253
         && text.split('.').all(|part| {
             let ok = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
-            !part.is_empty()
-                && part.chars().all(ok)
-                && !part.starts_with('-')
-                && !part.ends_with('-')
+            !part.is_empty() && part.chars().all(ok) && !part.starts_with('-') && !part.ends_with('-')
         })
 }
 
 fn is_label_value(text: &str) -> bool {
     let edge = |c: Option<char>| c.is_none_or(|c| c.is_ascii_alphanumeric());
     text.len() <= 63
-        && text
-            .chars()
-            .all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.'))
+        && text.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.'))
         && edge(text.chars().next())
         && edge(text.chars().last())
 }
@@ -114,27 +109,15 @@ pub fn violations(resource: &Resource, object: &Value) -> Vec<FieldError> {
     let mut errors = Vec::new();
     let name = obj::name(object);
     if name.is_empty() {
-        errors.push(FieldError::required(
-            "metadata.name",
-            "name or generateName is required",
-        ));
+        errors.push(FieldError::required("metadata.name", "name or generateName is required"));
     } else if let Some(rule) = name_violation(resource, name) {
         errors.push(FieldError::invalid("metadata.name", &name.into(), rule));
     }
-    label_violations(
-        object,
-        &["metadata", "labels"],
-        "metadata.labels",
-        &mut errors,
-    );
+    label_violations(object, &["metadata", "labels"], "metadata.labels", &mut errors);
     let annotations = obj::map(object, &["metadata", "annotations"]);
     for key in annotations.into_iter().flatten().map(|(key, _)| key) {
         if !is_qualified_name(key) {
-            errors.push(FieldError::invalid(
-                "metadata.annotations",
-                &key.as_str().into(),
-                QUALIFIED,
-            ));
+            errors.push(FieldError::invalid("metadata.annotations", &key.as_str().into(), QUALIFIED));
         }
     }
     let size: usize = annotations
@@ -152,11 +135,7 @@ pub fn violations(resource: &Resource, object: &Value) -> Vec<FieldError> {
     for finalizer in obj::items(object, &["metadata", "finalizers"]) {
         let text = finalizer.as_str().unwrap_or_default();
         if !is_qualified_name(text) {
-            errors.push(FieldError::invalid(
-                "metadata.finalizers",
-                finalizer,
-                QUALIFIED,
-            ));
+            errors.push(FieldError::invalid("metadata.finalizers", finalizer, QUALIFIED));
         }
     }
     errors
@@ -180,26 +159,14 @@ pub fn stamp_new(resource: &Resource, object: &mut Value) {
         let prefix = obj::text(object, &["metadata", "generateName"]).to_owned();
         if !prefix.is_empty() {
             let keep: String = prefix.chars().take(58).collect();
-            obj::set(
-                object,
-                &["metadata", "name"],
-                format!("{keep}{}", random_suffix()),
-            );
+            obj::set(object, &["metadata", "name"], format!("{keep}{}", random_suffix()));
         }
     }
-    obj::set(
-        object,
-        &["metadata", "uid"],
-        uuid::Uuid::new_v4().to_string(),
-    );
+    obj::set(object, &["metadata", "uid"], uuid::Uuid::new_v4().to_string());
     obj::set(object, &["metadata", "creationTimestamp"], obj::now());
-    for field in [
-        "deletionTimestamp",
-        "deletionGracePeriodSeconds",
-        "selfLink",
-        "generation",
-        "resourceVersion",
-    ] {
+    for field in
+        ["deletionTimestamp", "deletionGracePeriodSeconds", "selfLink", "generation", "resourceVersion"]
+    {
         obj::remove(object, &["metadata", field]);
     }
     if has_generation(resource) {

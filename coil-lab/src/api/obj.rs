@@ -24,10 +24,7 @@ pub fn flag(value: &Value, path: &[&str]) -> bool {
 
 /// The elements of the list at a path, none when absent.
 pub fn items<'a>(value: &'a Value, path: &[&str]) -> &'a [Value] {
-    at(value, path)
-        .and_then(Value::as_array)
-        .map(Vec::as_slice)
-        .unwrap_or_default()
+    at(value, path).and_then(Value::as_array).map(Vec::as_slice).unwrap_or_default()
 }
 
 /// The entries of the map at a path.
@@ -115,16 +112,12 @@ pub fn is_deleting(value: &Value) -> bool {
 
 /// The controlling owner reference.
 pub fn controller(value: &Value) -> Option<&Value> {
-    items(value, &["metadata", "ownerReferences"])
-        .iter()
-        .find(|one| flag(one, &["controller"]))
+    items(value, &["metadata", "ownerReferences"]).iter().find(|one| flag(one, &["controller"]))
 }
 
 /// A condition's entry in `status.conditions`.
 pub fn condition<'a>(value: &'a Value, kind: &str) -> Option<&'a Value> {
-    items(value, &["status", "conditions"])
-        .iter()
-        .find(|one| text(one, &["type"]) == kind)
+    items(value, &["status", "conditions"]).iter().find(|one| text(one, &["type"]) == kind)
 }
 
 /// True when a condition is there with status `True`.
@@ -144,7 +137,5 @@ pub fn stamp(time: jiff::Timestamp) -> String {
 
 /// The present time with microseconds, as `MicroTime` fields have it.
 pub fn now_micro() -> String {
-    jiff::Timestamp::now()
-        .strftime("%Y-%m-%dT%H:%M:%S.%6fZ")
-        .to_string()
+    jiff::Timestamp::now().strftime("%Y-%m-%dT%H:%M:%S.%6fZ").to_string()
 }

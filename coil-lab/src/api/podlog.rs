@@ -45,10 +45,7 @@ pub async fn stream(
         position: u64::try_from(end).unwrap_or(0),
         first: Some(bytes),
     };
-    Ok(Body::from_stream(futures::stream::unfold(
-        follow,
-        Follow::next,
-    )))
+    Ok(Body::from_stream(futures::stream::unfold(follow, Follow::next)))
 }
 
 fn start_of_tail(bytes: &[u8], lines: usize) -> usize {
@@ -106,14 +103,11 @@ impl Follow {
             .resource("", "pods")
             .and_then(|pods| self.server.get(&pods, Some(&self.namespace), &self.pod));
         self.server.stopped().is_cancelled()
-            || pod.is_ok_and(|pod| {
-                ["Succeeded", "Failed"].contains(&obj::text(&pod, &["status", "phase"]))
-            })
-            || self.server.resource("", "pods").is_ok_and(|pods| {
-                self.server
-                    .get(&pods, Some(&self.namespace), &self.pod)
-                    .is_err()
-            })
+            || pod.is_ok_and(|pod| ["Succeeded", "Failed"].contains(&obj::text(&pod, &["status", "phase"])))
+            || self
+                .server
+                .resource("", "pods")
+                .is_ok_and(|pods| self.server.get(&pods, Some(&self.namespace), &self.pod).is_err())
     }
 }
 
@@ -123,13 +117,9 @@ mod tests {
 
     #[test]
     fn tails() {
-        for (text, lines, expected) in [
-            ("a\nb\nc\n", 2, "b\nc\n"),
-            ("a\nb", 1, "b"),
-            ("a\n", 5, "a\n"),
-            ("a\n", 0, ""),
-            ("", 3, ""),
-        ] {
+        for (text, lines, expected) in
+            [("a\nb\nc\n", 2, "b\nc\n"), ("a\nb", 1, "b"), ("a\n", 5, "a\n"), ("a\n", 0, ""), ("", 3, "")]
+        {
             assert_eq!(&text[start_of_tail(text.as_bytes(), lines)..], expected);
         }
     }

@@ -40,9 +40,7 @@ impl Selection {
 
     /// Whether an object is selected.
     pub fn matches(&self, object: &Value) -> bool {
-        self.namespace
-            .as_deref()
-            .is_none_or(|namespace| obj::namespace(object) == namespace)
+        self.namespace.as_deref().is_none_or(|namespace| obj::namespace(object) == namespace)
             && self.labels.matches(object)
             && self.fields.matches(object)
     }
@@ -63,12 +61,7 @@ pub struct Page {
 
 impl ApiServer {
     /// One object as stored.
-    pub fn get(
-        &self,
-        resource: &Resource,
-        namespace: Option<&str>,
-        name: &str,
-    ) -> ApiResult<Arc<Value>> {
+    pub fn get(&self, resource: &Resource, namespace: Option<&str>, name: &str) -> ApiResult<Arc<Value>> {
         self.store
             .get(&resource.storage, &key(namespace, name))
             .ok_or_else(|| ApiError::not_found(&resource.plural, &resource.group, name))
@@ -80,15 +73,8 @@ impl ApiServer {
     }
 
     /// One page of a list as a query asks for it.
-    pub fn page(
-        &self,
-        resource: &Resource,
-        selection: &Selection,
-        query: &Query,
-    ) -> ApiResult<Page> {
-        let (mut objects, version) = self
-            .store
-            .list(&resource.storage, selection.namespace.as_deref());
+    pub fn page(&self, resource: &Resource, selection: &Selection, query: &Query) -> ApiResult<Page> {
+        let (mut objects, version) = self.store.list(&resource.storage, selection.namespace.as_deref());
         self.check_list_version(query, version)?;
         objects.retain(|object| selection.matches(object));
         if let Some(after) = continue_after(query.get("continue"))? {
@@ -96,10 +82,7 @@ impl ApiServer {
                 (obj::namespace(object), obj::name(object)) > (after.0.as_str(), after.1.as_str())
             });
         }
-        let limit = query
-            .number("limit")
-            .and_then(|limit| usize::try_from(limit).ok())
-            .unwrap_or(0);
+        let limit = query.number("limit").and_then(|limit| usize::try_from(limit).ok()).unwrap_or(0);
         let (mut token, mut remaining) = (String::new(), 0);
         if limit > 0 && objects.len() > limit {
             remaining = objects.len() - limit;
@@ -108,19 +91,11 @@ impl ApiServer {
                 token = continue_token(obj::namespace(last), obj::name(last));
             }
         }
-        Ok(Page {
-            objects,
-            version,
-            token,
-            remaining,
-        })
+        Ok(Page { objects, version, token, remaining })
     }
 
     fn check_list_version(&self, query: &Query, now: u64) -> ApiResult<()> {
-        let (asked, rule) = (
-            query.get("resourceVersion"),
-            query.get("resourceVersionMatch"),
-        );
+        let (asked, rule) = (query.get("resourceVersion"), query.get("resourceVersionMatch"));
         if !["", "Exact", "NotOlderThan"].contains(&rule) {
             return Err(ApiError::bad_request(format!(
                 "resourceVersionMatch: Unsupported value: \"{rule}\": supported values: \"Exact\", \"NotOlderThan\""
@@ -130,9 +105,7 @@ impl ApiServer {
             return Ok(());
         }
         let version: u64 = asked.parse().map_err(|_| {
-            ApiError::bad_request(format!(
-                "resourceVersion: Invalid value: \"{asked}\": not a number"
-            ))
+            ApiError::bad_request(format!("resourceVersion: Invalid value: \"{asked}\": not a number"))
         })?;
         if version > now {
             return Err(too_large(version, now));
@@ -160,10 +133,7 @@ pub fn too_large(version: u64, now: u64) -> ApiError {
 }
 
 fn continue_token(namespace: &str, name: &str) -> String {
-    format!("{namespace}/{name}")
-        .bytes()
-        .map(|byte| format!("{byte:02x}"))
-        .collect()
+    format!("{namespace}/{name}").bytes().map(|byte| format!("{byte:02x}")).collect()
 }
 
 fn continue_after(token: &str) -> ApiResult<Option<Key>> {
@@ -172,11 +142,7 @@ fn continue_after(token: &str) -> ApiResult<Option<Key>> {
     }
     let bytes: Option<Vec<u8>> = (0..token.len())
         .step_by(2)
-        .map(|index| {
-            token
-                .get(index..index + 2)
-                .and_then(|hex| u8::from_str_radix(hex, 16).ok())
-        })
+        .map(|index| token.get(index..index + 2).and_then(|hex| u8::from_str_radix(hex, 16).ok()))
         .collect();
     let text = bytes.and_then(|bytes| String::from_utf8(bytes).ok());
     let key = text.as_deref().and_then(|text| text.split_once('/'));
@@ -188,11 +154,7 @@ fn continue_after(token: &str) -> ApiResult<Option<Key>> {
 
 /// A list object.
 pub fn list_object(resource: &Resource, page: &Page) -> Value {
-    let items: Vec<Value> = page
-        .objects
-        .iter()
-        .map(|object| present(resource, object))
-        .collect();
+    let items: Vec<Value> = page.objects.iter().map(|object| present(resource, object)).collect();
     json!({
         "kind": resource.list_kind,
         "apiVersion": resource.api_version(),

@@ -17,10 +17,7 @@ pub struct GroupResource {
 impl GroupResource {
     /// From its two parts.
     pub fn new(group: &str, resource: &str) -> Self {
-        Self {
-            group: group.to_owned(),
-            resource: resource.to_owned(),
-        }
+        Self { group: group.to_owned(), resource: resource.to_owned() }
     }
 }
 
@@ -101,11 +98,7 @@ impl Resource {
 
     /// `group/version` or `v1`.
     pub fn api_version(&self) -> String {
-        if self.group.is_empty() {
-            self.version.clone()
-        } else {
-            format!("{}/{}", self.group, self.version)
-        }
+        if self.group.is_empty() { self.version.clone() } else { format!("{}/{}", self.group, self.version) }
     }
 }
 
@@ -121,59 +114,38 @@ impl Registry {
         Self::default()
     }
 
-    fn read(
-        &self,
-    ) -> std::sync::RwLockReadGuard<'_, BTreeMap<(String, String, String), Arc<Resource>>> {
-        self.served
-            .read()
-            .unwrap_or_else(std::sync::PoisonError::into_inner)
+    fn read(&self) -> std::sync::RwLockReadGuard<'_, BTreeMap<(String, String, String), Arc<Resource>>> {
+        self.served.read().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
-    fn write(
-        &self,
-    ) -> std::sync::RwLockWriteGuard<'_, BTreeMap<(String, String, String), Arc<Resource>>> {
-        self.served
-            .write()
-            .unwrap_or_else(std::sync::PoisonError::into_inner)
+    fn write(&self) -> std::sync::RwLockWriteGuard<'_, BTreeMap<(String, String, String), Arc<Resource>>> {
+        self.served.write().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
     /// Serves a resource, replacing what had its place.
     pub fn add(&self, resource: Resource) {
-        let key = (
-            resource.group.clone(),
-            resource.version.clone(),
-            resource.plural.clone(),
-        );
+        let key = (resource.group.clone(), resource.version.clone(), resource.plural.clone());
         self.write().insert(key, Arc::new(resource));
     }
 
     /// Stops serving all versions of a custom resource.
     pub fn remove(&self, group: &str, plural: &str) {
-        self.write()
-            .retain(|_, one| !(one.custom && one.group == group && one.plural == plural));
+        self.write().retain(|_, one| !(one.custom && one.group == group && one.plural == plural));
     }
 
     /// A resource by its path parts.
     pub fn get(&self, group: &str, version: &str, plural: &str) -> Option<Arc<Resource>> {
-        self.read()
-            .get(&(group.to_owned(), version.to_owned(), plural.to_owned()))
-            .cloned()
+        self.read().get(&(group.to_owned(), version.to_owned(), plural.to_owned())).cloned()
     }
 
     /// A resource by group and plural name in any version.
     pub fn any_version(&self, group: &str, plural: &str) -> Option<Arc<Resource>> {
-        self.read()
-            .values()
-            .find(|one| one.group == group && one.plural == plural)
-            .cloned()
+        self.read().values().find(|one| one.group == group && one.plural == plural).cloned()
     }
 
     /// A resource by `apiVersion` and kind.
     pub fn by_kind(&self, api_version: &str, kind: &str) -> Option<Arc<Resource>> {
-        self.read()
-            .values()
-            .find(|one| one.kind == kind && one.api_version() == api_version)
-            .cloned()
+        self.read().values().find(|one| one.kind == kind && one.api_version() == api_version).cloned()
     }
 
     /// All resources, ordered by group, version, plural name.
@@ -183,11 +155,7 @@ impl Registry {
 
     /// Resources of one group and version.
     pub fn of_version(&self, group: &str, version: &str) -> Vec<Arc<Resource>> {
-        self.read()
-            .values()
-            .filter(|one| one.group == group && one.version == version)
-            .cloned()
-            .collect()
+        self.read().values().filter(|one| one.group == group && one.version == version).cloned().collect()
     }
 
     /// Each group (core excluded) with its versions, the preferred one first.
@@ -211,11 +179,7 @@ fn version_rank(version: &str) -> (u8, u32, u32) {
     let Some(rest) = version.strip_prefix('v') else {
         return (0, 0, 0);
     };
-    let digits = |text: &str| {
-        text.chars()
-            .take_while(char::is_ascii_digit)
-            .collect::<String>()
-    };
+    let digits = |text: &str| text.chars().take_while(char::is_ascii_digit).collect::<String>();
     let major = digits(rest);
     let tail = &rest[major.len()..];
     let stability = match tail {
@@ -225,9 +189,5 @@ fn version_rank(version: &str) -> (u8, u32, u32) {
         _ => return (0, 0, 0),
     };
     let minor = tail.trim_start_matches(|c: char| c.is_ascii_alphabetic());
-    (
-        stability,
-        major.parse().unwrap_or(0),
-        minor.parse().unwrap_or(0),
-    )
+    (stability, major.parse().unwrap_or(0), minor.parse().unwrap_or(0))
 }

@@ -25,11 +25,8 @@ pub struct Target {
 impl Target {
     /// Parses the path after `/api` or `/apis`; none if it is no resource path.
     pub fn parse(path: &str) -> Option<Self> {
-        let parts: Vec<String> = path
-            .split('/')
-            .filter(|part| !part.is_empty())
-            .map(percent_decode)
-            .collect();
+        let parts: Vec<String> =
+            path.split('/').filter(|part| !part.is_empty()).map(percent_decode).collect();
         let mut parts: Vec<&str> = parts.iter().map(String::as_str).collect();
         let mut target = Self::default();
         match parts.first().copied()? {
@@ -47,9 +44,7 @@ impl Target {
         // `namespaces/x/finalize` and `namespaces/x/status` are subresources of the namespace itself.
         let is_namespaced = parts[0] == "namespaces"
             && parts.len() >= 3
-            && !(target.group.is_empty()
-                && ["finalize", "status"].contains(&parts[2])
-                && parts.len() == 3);
+            && !(target.group.is_empty() && ["finalize", "status"].contains(&parts[2]) && parts.len() == 3);
         if is_namespaced {
             target.namespace = Some(parts[1].to_owned());
             parts.drain(..2);
@@ -70,10 +65,7 @@ fn percent_decode(part: &str) -> String {
     let mut index = 0;
     while index < bytes.len() {
         let escaped = (bytes[index] == b'%')
-            .then(|| {
-                part.get(index + 1..index + 3)
-                    .and_then(|hex| u8::from_str_radix(hex, 16).ok())
-            })
+            .then(|| part.get(index + 1..index + 3).and_then(|hex| u8::from_str_radix(hex, 16).ok()))
             .flatten();
         match escaped {
             Some(byte) => {
@@ -102,11 +94,7 @@ impl Query {
 
     /// A parameter's text, empty when absent.
     pub fn get(&self, name: &str) -> &str {
-        self.0
-            .iter()
-            .find(|(key, _)| key == name)
-            .map(|(_, value)| value.as_str())
-            .unwrap_or_default()
+        self.0.iter().find(|(key, _)| key == name).map(|(_, value)| value.as_str()).unwrap_or_default()
     }
 
     /// Whether a parameter is there at all.
@@ -165,16 +153,8 @@ pub struct Request {
 impl Request {
     /// From the head of a request.
     pub fn read(method: &Method, uri: &Uri, headers: &HeaderMap) -> Self {
-        let text = |name| {
-            headers
-                .get(name)
-                .and_then(|value| value.to_str().ok())
-                .unwrap_or_default()
-        };
-        let agent = text(header::USER_AGENT)
-            .split('/')
-            .next()
-            .unwrap_or_default();
+        let text = |name| headers.get(name).and_then(|value| value.to_str().ok()).unwrap_or_default();
+        let agent = text(header::USER_AGENT).split('/').next().unwrap_or_default();
         Self {
             method: method.clone(),
             query: Query::of(uri),
@@ -185,11 +165,7 @@ impl Request {
                 .unwrap_or_default()
                 .trim()
                 .to_ascii_lowercase(),
-            agent: if agent.is_empty() {
-                "unknown".to_owned()
-            } else {
-                agent.to_owned()
-            },
+            agent: if agent.is_empty() { "unknown".to_owned() } else { agent.to_owned() },
         }
     }
 
@@ -225,8 +201,7 @@ impl Request {
 
     /// The version of the PartialObjectMetadata form, if the client prefers it.
     pub fn wants_metadata(&self) -> Option<&'static str> {
-        self.accepted_as("PartialObjectMetadataList")
-            .or_else(|| self.accepted_as("PartialObjectMetadata"))
+        self.accepted_as("PartialObjectMetadataList").or_else(|| self.accepted_as("PartialObjectMetadata"))
     }
 
     fn accepted_as(&self, form: &str) -> Option<&'static str> {
@@ -234,10 +209,7 @@ impl Request {
             let mut parameters = part.split(';').map(str::trim);
             let media = parameters.next().unwrap_or_default();
             let parameters: Vec<&str> = parameters.collect();
-            let is_json = matches!(
-                media,
-                "application/json" | "*/*" | "application/*" | "application/yaml"
-            );
+            let is_json = matches!(media, "application/json" | "*/*" | "application/*" | "application/yaml");
             let form_of = parameters.iter().find_map(|one| one.strip_prefix("as="));
             if is_json && form_of == Some(form) {
                 return match parameters.iter().find_map(|one| one.strip_prefix("v=")) {
@@ -261,11 +233,7 @@ impl Request {
                 let media = parameters.next().unwrap_or_default();
                 matches!(
                     media,
-                    "application/json"
-                        | "*/*"
-                        | "application/*"
-                        | "application/yaml"
-                        | "text/plain"
+                    "application/json" | "*/*" | "application/*" | "application/yaml" | "text/plain"
                 )
             })
     }
@@ -283,32 +251,21 @@ pub struct Body {
 /// Parses JSON or YAML by content type.
 pub fn parse_body(content_type: &str, bytes: &[u8]) -> ApiResult<Body> {
     match content_type {
-        "" | "application/json" | "text/json" | "*/*" => {
-            super::strict_json::parse(bytes).map_err(|error| {
-                ApiError::bad_request(format!("the body of the request is not JSON: {error}"))
-            })
-        }
+        "" | "application/json" | "text/json" | "*/*" => super::strict_json::parse(bytes)
+            .map_err(|error| ApiError::bad_request(format!("the body of the request is not JSON: {error}"))),
         "application/yaml" | "text/yaml" | "application/x-yaml" => {
-            parse_yaml(bytes).map(|value| Body {
-                value,
-                duplicates: Vec::new(),
-            })
+            parse_yaml(bytes).map(|value| Body { value, duplicates: Vec::new() })
         }
-        _ => Err(ApiError::unsupported_media_type(&[
-            "application/json",
-            "application/yaml",
-        ])),
+        _ => Err(ApiError::unsupported_media_type(&["application/json", "application/yaml"])),
     }
 }
 
 /// Parses YAML.
 pub fn parse_yaml(bytes: &[u8]) -> ApiResult<Value> {
-    let text = std::str::from_utf8(bytes).map_err(|error| {
-        ApiError::bad_request(format!("the body of the request is not UTF-8: {error}"))
-    })?;
-    serde_saphyr::from_str(text).map_err(|error| {
-        ApiError::bad_request(format!("the body of the request is not YAML: {error}"))
-    })
+    let text = std::str::from_utf8(bytes)
+        .map_err(|error| ApiError::bad_request(format!("the body of the request is not UTF-8: {error}")))?;
+    serde_saphyr::from_str(text)
+        .map_err(|error| ApiError::bad_request(format!("the body of the request is not YAML: {error}")))
 }
 
 #[cfg(test)]
@@ -321,28 +278,14 @@ mod tests {
         let target = |path: &str| Target::parse(path).unwrap();
         let pods = target("/api/v1/namespaces/a/pods/x/log");
         assert_eq!(pods.namespace.as_deref(), Some("a"));
-        assert_eq!(
-            (pods.resource.as_str(), pods.name.as_deref()),
-            ("pods", Some("x"))
-        );
+        assert_eq!((pods.resource.as_str(), pods.name.as_deref()), ("pods", Some("x")));
         assert_eq!(pods.subresource.as_deref(), Some("log"));
         let namespace = target("/api/v1/namespaces/a");
-        assert_eq!(
-            (namespace.resource.as_str(), namespace.name.as_deref()),
-            ("namespaces", Some("a"))
-        );
-        assert_eq!(
-            target("/api/v1/namespaces/a/finalize")
-                .subresource
-                .as_deref(),
-            Some("finalize")
-        );
+        assert_eq!((namespace.resource.as_str(), namespace.name.as_deref()), ("namespaces", Some("a")));
+        assert_eq!(target("/api/v1/namespaces/a/finalize").subresource.as_deref(), Some("finalize"));
         let named = target("/apis/apps/v1/namespaces/a/deployments");
         assert_eq!((named.group.as_str(), named.name), ("apps", None));
-        assert_eq!(
-            target("/apis/g/v2/things/a%3Ab").name.as_deref(),
-            Some("a:b")
-        );
+        assert_eq!(target("/apis/g/v2/things/a%3Ab").name.as_deref(), Some("a:b"));
         assert!(Target::parse("/apis/apps/v1").is_none());
         assert!(Target::parse("/api/v1/namespaces/a/pods/x/log/more").is_none());
     }

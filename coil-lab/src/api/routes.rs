@@ -44,8 +44,7 @@ async fn entry(State(server): State<Arc<ApiServer>>, http: HttpRequest) -> Respo
         Ok(response) => response,
         Err(error) => {
             tracing::debug!(method = %head.method, %path, code = error.code, %error, "request failed");
-            let code =
-                StatusCode::from_u16(error.code).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+            let code = StatusCode::from_u16(error.code).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
             answer(&request, code, &error.status(), &[])
         }
     }
@@ -54,10 +53,7 @@ async fn entry(State(server): State<Arc<ApiServer>>, http: HttpRequest) -> Respo
 /// A response with an object.
 fn answer(request: &Request, code: StatusCode, object: &Value, warnings: &[String]) -> Response {
     let (text, media) = if request.wants_yaml() {
-        (
-            serde_saphyr::to_string(object).unwrap_or_default(),
-            "application/yaml",
-        )
+        (serde_saphyr::to_string(object).unwrap_or_default(), "application/yaml")
     } else {
         (object.to_string(), "application/json")
     };
@@ -65,14 +61,9 @@ fn answer(request: &Request, code: StatusCode, object: &Value, warnings: &[Strin
     *response.status_mut() = code;
     let headers = response.headers_mut();
     headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(media));
-    headers.insert(
-        header::CACHE_CONTROL,
-        HeaderValue::from_static("no-cache, private"),
-    );
+    headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache, private"));
     for warning in warnings {
-        let text = warning
-            .replace(['\\', '"'], "'")
-            .replace(|c: char| c.is_control(), " ");
+        let text = warning.replace(['\\', '"'], "'").replace(|c: char| c.is_control(), " ");
         if let Ok(value) = HeaderValue::from_str(&format!("299 - \"{text}\"")) {
             headers.append(header::WARNING, value);
         }
@@ -82,10 +73,9 @@ fn answer(request: &Request, code: StatusCode, object: &Value, warnings: &[Strin
 
 fn plain_text(text: impl Into<Body>) -> Response {
     let mut response = Response::new(text.into());
-    response.headers_mut().insert(
-        header::CONTENT_TYPE,
-        HeaderValue::from_static("text/plain; charset=utf-8"),
-    );
+    response
+        .headers_mut()
+        .insert(header::CONTENT_TYPE, HeaderValue::from_static("text/plain; charset=utf-8"));
     response
 }
 
@@ -144,13 +134,7 @@ async fn resource_request(
     if is_misplaced {
         return Err(ApiError::unknown_path());
     }
-    let call = Call {
-        server,
-        request,
-        target,
-        resource: &resource,
-        bytes,
-    };
+    let call = Call { server, request, target, resource: &resource, bytes };
     match (&target.name, target.subresource.as_deref()) {
         (None, _) => call.collection().await,
         (Some(name), None) => call.object(name, Part::Main).await,
@@ -160,11 +144,7 @@ async fn resource_request(
     }
 }
 
-fn review_request(
-    request: &Request,
-    target: &Target,
-    bytes: &Bytes,
-) -> ApiResult<Option<Response>> {
+fn review_request(request: &Request, target: &Target, bytes: &Bytes) -> ApiResult<Option<Response>> {
     if !["authorization.k8s.io", "authentication.k8s.io"].contains(&target.group.as_str()) {
         return Ok(None);
     }
@@ -206,10 +186,7 @@ impl Call<'_> {
     fn body(&self, warnings: &mut Vec<String>) -> ApiResult<Value> {
         let body = request::parse_body(&self.request.content_type, self.bytes)?;
         let mut options = self.options()?;
-        let repeated = body
-            .duplicates
-            .iter()
-            .map(|path| format!("duplicate field \"{path}\""));
+        let repeated = body.duplicates.iter().map(|path| format!("duplicate field \"{path}\""));
         write::report_unknown(repeated, &mut options)?;
         warnings.append(&mut options.warnings);
         Ok(body.value)
@@ -218,14 +195,11 @@ impl Call<'_> {
     async fn collection(&self) -> ApiResult<Response> {
         match self.request.method {
             Method::GET | Method::HEAD => {
-                let selection =
-                    Selection::read(&self.request.query, self.resource, self.namespace())?;
+                let selection = Selection::read(&self.request.query, self.resource, self.namespace())?;
                 if self.request.query.flag("watch") {
                     return self.watch(selection);
                 }
-                let page = self
-                    .server
-                    .page(self.resource, &selection, &self.request.query)?;
+                let page = self.server.page(self.resource, &selection, &self.request.query)?;
                 Ok(self.show_list(&page))
             }
             Method::POST => {
@@ -235,20 +209,15 @@ impl Call<'_> {
                 let mut repeated = Vec::new();
                 let object = self.body(&mut repeated)?;
                 let mut options = self.options()?;
-                let created = self
-                    .server
-                    .create(self.resource, self.namespace(), object, &mut options)
-                    .await?;
+                let created =
+                    self.server.create(self.resource, self.namespace(), object, &mut options).await?;
                 options.warnings.extend(repeated);
                 Ok(self.show(StatusCode::CREATED, &created, &options.warnings))
             }
             Method::DELETE => {
-                let selection =
-                    Selection::read(&self.request.query, self.resource, self.namespace())?;
+                let selection = Selection::read(&self.request.query, self.resource, self.namespace())?;
                 let options = self.delete_options()?;
-                let deleted = self
-                    .server
-                    .delete_all(self.resource, &selection, &options)?;
+                let deleted = self.server.delete_all(self.resource, &selection, &options)?;
                 let page = read::Page {
                     objects: deleted,
                     version: self.server.store.version(),
@@ -274,46 +243,29 @@ impl Call<'_> {
                 let mut repeated = Vec::new();
                 let object = self.body(&mut repeated)?;
                 let mut options = self.options()?.with_part(part);
-                let updated = self
-                    .server
-                    .update(self.resource, self.namespace(), name, object, &mut options)
-                    .await?;
+                let updated =
+                    self.server.update(self.resource, self.namespace(), name, object, &mut options).await?;
                 options.warnings.extend(repeated);
                 Ok(self.show(StatusCode::OK, &updated, &options.warnings))
             }
             Method::PATCH => {
                 let mut options = self.options()?.with_part(part);
-                let patch = Patch::parse(
-                    self.resource,
-                    &self.request.content_type,
-                    self.bytes,
-                    &mut options,
-                )?;
+                let patch =
+                    Patch::parse(self.resource, &self.request.content_type, self.bytes, &mut options)?;
                 if matches!(patch, Patch::Apply(_)) && !self.request.query.has("fieldManager") {
                     return Err(ApiError::bad_request(
                         "fieldManager: Required value: is required for apply patch",
                     ));
                 }
-                let existed = self
-                    .server
-                    .get(self.resource, self.namespace(), name)
-                    .is_ok();
-                let patched = self
-                    .server
-                    .patch(self.resource, self.namespace(), name, &patch, &mut options)
-                    .await?;
-                let code = if existed {
-                    StatusCode::OK
-                } else {
-                    StatusCode::CREATED
-                };
+                let existed = self.server.get(self.resource, self.namespace(), name).is_ok();
+                let patched =
+                    self.server.patch(self.resource, self.namespace(), name, &patch, &mut options).await?;
+                let code = if existed { StatusCode::OK } else { StatusCode::CREATED };
                 Ok(self.show(code, &patched, &options.warnings))
             }
             Method::DELETE if part == Part::Main => {
                 let options = self.delete_options()?;
-                let deleted =
-                    self.server
-                        .delete(self.resource, self.namespace(), name, &options)?;
+                let deleted = self.server.delete(self.resource, self.namespace(), name, &options)?;
                 Ok(self.show_deleted(&deleted))
             }
             _ => Err(ApiError::method_not_allowed()),
@@ -340,11 +292,7 @@ impl Call<'_> {
             "details": {"name": obj::name(object), "kind": self.resource.plural, "uid": obj::uid(object)},
         });
         if !self.resource.group.is_empty() {
-            obj::set(
-                &mut status,
-                &["details", "group"],
-                self.resource.group.clone(),
-            );
+            obj::set(&mut status, &["details", "group"], self.resource.group.clone());
         }
         answer(self.request, StatusCode::OK, &status, &[])
     }
@@ -353,13 +301,7 @@ impl Call<'_> {
         let shown = if let Some(version) = self.request.wants_table() {
             let include = Include::read(self.request.query.get("includeObject"));
             let meta = json!({"resourceVersion": obj::version(object)});
-            table::table(
-                self.resource,
-                version,
-                meta,
-                std::iter::once(object),
-                include,
-            )
+            table::table(self.resource, version, meta, std::iter::once(object), include)
         } else if let Some(version) = self.request.wants_metadata() {
             table::partial(object, version)
         } else {
@@ -372,19 +314,10 @@ impl Call<'_> {
         let shown = if let Some(version) = self.request.wants_table() {
             let include = Include::read(self.request.query.get("includeObject"));
             let objects = page.objects.iter().map(|object| &**object);
-            table::table(
-                self.resource,
-                version,
-                read::list_meta(page),
-                objects,
-                include,
-            )
+            table::table(self.resource, version, read::list_meta(page), objects, include)
         } else if let Some(version) = self.request.wants_metadata() {
-            let items: Vec<Value> = page
-                .objects
-                .iter()
-                .map(|object| table::partial(object, version))
-                .collect();
+            let items: Vec<Value> =
+                page.objects.iter().map(|object| table::partial(object, version)).collect();
             json!({
                 "kind": "PartialObjectMetadataList", "apiVersion": format!("meta.k8s.io/{version}"),
                 "metadata": read::list_meta(page), "items": items,
@@ -397,10 +330,8 @@ impl Call<'_> {
 
     fn watch_one(&self, name: &str) -> ApiResult<Response> {
         let mut selection = Selection::read(&self.request.query, self.resource, self.namespace())?;
-        selection.fields = super::selector::Fields::parse(
-            &format!("metadata.name={name}"),
-            &self.resource.plural,
-        )?;
+        selection.fields =
+            super::selector::Fields::parse(&format!("metadata.name={name}"), &self.resource.plural)?;
         self.watch(selection)
     }
 
@@ -415,10 +346,7 @@ impl Call<'_> {
         };
         let lines = futures::stream::unfold((watch, form, true), next_line);
         let mut response = Response::new(Body::from_stream(lines));
-        response.headers_mut().insert(
-            header::CONTENT_TYPE,
-            HeaderValue::from_static("application/json"),
-        );
+        response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
         Ok(response)
     }
 
@@ -433,8 +361,7 @@ impl Call<'_> {
             }
             Method::PUT => {
                 let change = ScaleChange::Replace(self.body(&mut Vec::new())?);
-                self.server
-                    .write_scale(resource, self.namespace(), name, &change, &mut options)?
+                self.server.write_scale(resource, self.namespace(), name, &change, &mut options)?
             }
             Method::PATCH => {
                 // A Scale has no lists: a strategic patch is a merge patch even for custom resources.
@@ -442,28 +369,17 @@ impl Call<'_> {
                     media if media == MEDIA_TYPES[2] => MEDIA_TYPES[1],
                     media => media,
                 };
-                let change =
-                    ScaleChange::Patch(Patch::parse(resource, media, self.bytes, &mut options)?);
-                self.server
-                    .write_scale(resource, self.namespace(), name, &change, &mut options)?
+                let change = ScaleChange::Patch(Patch::parse(resource, media, self.bytes, &mut options)?);
+                self.server.write_scale(resource, self.namespace(), name, &change, &mut options)?
             }
             _ => return Err(ApiError::method_not_allowed()),
         };
-        Ok(answer(
-            self.request,
-            StatusCode::OK,
-            &scale,
-            &options.warnings,
-        ))
+        Ok(answer(self.request, StatusCode::OK, &scale, &options.warnings))
     }
 
     async fn special(&self, name: &str, sub: &str) -> ApiResult<Response> {
         let namespace = self.namespace().unwrap_or_default();
-        let kind = if self.resource.custom {
-            ""
-        } else {
-            self.resource.kind.as_str()
-        };
+        let kind = if self.resource.custom { "" } else { self.resource.kind.as_str() };
         let success = || {
             answer(
                 self.request,
@@ -475,18 +391,13 @@ impl Call<'_> {
         match (kind, sub, &self.request.method) {
             ("Pod", "log", &Method::GET) => self.log(namespace, name).await,
             ("Pod", "binding", &Method::POST) => {
-                self.server
-                    .bind(namespace, name, &self.body(&mut Vec::new())?)?;
+                self.server.bind(namespace, name, &self.body(&mut Vec::new())?)?;
                 Ok(success())
             }
             ("Pod", "eviction", &Method::POST) => {
                 let body = self.body(&mut Vec::new())?;
                 let options = body.get("deleteOptions").cloned().unwrap_or_default();
-                self.server.evict(
-                    namespace,
-                    name,
-                    &DeleteOptions::read(&options, &self.request.query)?,
-                )?;
+                self.server.evict(namespace, name, &DeleteOptions::read(&options, &self.request.query)?)?;
                 Ok(success())
             }
             ("ServiceAccount", "token", &Method::POST) => {
@@ -509,26 +420,12 @@ impl Call<'_> {
     async fn log(&self, namespace: &str, name: &str) -> ApiResult<Response> {
         let query = &self.request.query;
         let container = Some(query.get("container")).filter(|name| !name.is_empty());
-        let file = self
-            .server
-            .pod_log_file(namespace, name, container, query.flag("previous"))?;
-        let tail = query
-            .number("tailLines")
-            .and_then(|lines| usize::try_from(lines).ok());
-        let limit = query
-            .number("limitBytes")
-            .and_then(|bytes| usize::try_from(bytes).ok());
-        super::podlog::stream(
-            self.server.clone(),
-            file,
-            namespace,
-            name,
-            tail,
-            limit,
-            query.flag("follow"),
-        )
-        .await
-        .map(plain_text)
+        let file = self.server.pod_log_file(namespace, name, container, query.flag("previous"))?;
+        let tail = query.number("tailLines").and_then(|lines| usize::try_from(lines).ok());
+        let limit = query.number("limitBytes").and_then(|bytes| usize::try_from(bytes).ok());
+        super::podlog::stream(self.server.clone(), file, namespace, name, tail, limit, query.flag("follow"))
+            .await
+            .map(plain_text)
     }
 }
 
@@ -542,9 +439,7 @@ struct Form {
 
 type Lines = (Watch, Form, bool);
 
-async fn next_line(
-    (mut watch, form, is_first): Lines,
-) -> Option<(Result<Bytes, Infallible>, Lines)> {
+async fn next_line((mut watch, form, is_first): Lines) -> Option<(Result<Bytes, Infallible>, Lines)> {
     let event = watch.next().await?;
     let object = form.show(&event, is_first);
     let mut line = json!({"type": event.kind.text(), "object": object}).to_string();
@@ -560,13 +455,7 @@ impl Form {
             (kind, Some(version), _) => {
                 let rows = (kind != EventKind::Bookmark).then_some(object);
                 let meta = json!({"resourceVersion": obj::version(object)});
-                let mut shown = table::table(
-                    &self.resource,
-                    version,
-                    meta,
-                    rows.into_iter(),
-                    self.include,
-                );
+                let mut shown = table::table(&self.resource, version, meta, rows.into_iter(), self.include);
                 if !is_first {
                     obj::set(&mut shown, &["columnDefinitions"], Value::Null);
                 }

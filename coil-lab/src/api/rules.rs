@@ -86,11 +86,7 @@ fn pod_spec(object: &Value, path: &[&str], field: &str, errors: &mut Vec<FieldEr
     let policy = obj::text(spec, &["restartPolicy"]);
     let allowed = ["Always", "OnFailure", "Never"].map(str::to_owned);
     if !policy.is_empty() && !allowed.iter().any(|one| one == policy) {
-        errors.push(FieldError::not_supported(
-            format!("{field}.restartPolicy"),
-            &policy.into(),
-            &allowed,
-        ));
+        errors.push(FieldError::not_supported(format!("{field}.restartPolicy"), &policy.into(), &allowed));
     }
 }
 
@@ -98,21 +94,13 @@ fn pod_spec(object: &Value, path: &[&str], field: &str, errors: &mut Vec<FieldEr
 fn pod_update(object: &Value, old: &Value, errors: &mut Vec<FieldError>) {
     let strip = |pod: &Value| {
         let mut spec = pod.get("spec").cloned().unwrap_or_default();
-        for field in [
-            "activeDeadlineSeconds",
-            "tolerations",
-            "terminationGracePeriodSeconds",
-            "schedulingGates",
-        ] {
+        for field in
+            ["activeDeadlineSeconds", "tolerations", "terminationGracePeriodSeconds", "schedulingGates"]
+        {
             obj::remove(&mut spec, &[field]);
         }
         for list in ["containers", "initContainers", "ephemeralContainers"] {
-            for container in spec
-                .get_mut(list)
-                .and_then(Value::as_array_mut)
-                .into_iter()
-                .flatten()
-            {
+            for container in spec.get_mut(list).and_then(Value::as_array_mut).into_iter().flatten() {
                 obj::remove(container, &["image"]);
             }
         }
@@ -130,14 +118,8 @@ fn pod_update(object: &Value, old: &Value, errors: &mut Vec<FieldError>) {
     }
 }
 
-fn workload(
-    resource: &Resource,
-    object: &Value,
-    old: Option<&Value>,
-    errors: &mut Vec<FieldError>,
-) {
-    if let Some(replicas) = obj::int(object, &["spec", "replicas"]).filter(|&replicas| replicas < 0)
-    {
+fn workload(resource: &Resource, object: &Value, old: Option<&Value>, errors: &mut Vec<FieldError>) {
+    if let Some(replicas) = obj::int(object, &["spec", "replicas"]).filter(|&replicas| replicas < 0) {
         errors.push(FieldError::invalid(
             "spec.replicas",
             &replicas.into(),
@@ -153,10 +135,7 @@ fn workload(
             format!("empty selector is invalid for {}", resource.singular),
         )),
         Some(labels) => {
-            if !labels.matches_map(obj::map(
-                object,
-                &["spec", "template", "metadata", "labels"],
-            )) {
+            if !labels.matches_map(obj::map(object, &["spec", "template", "metadata", "labels"])) {
                 let value = obj::at(object, &["spec", "template", "metadata", "labels"]).cloned();
                 errors.push(FieldError::invalid(
                     "spec.template.metadata.labels",
@@ -172,12 +151,7 @@ fn workload(
         "spec.template.metadata.labels",
         errors,
     );
-    pod_spec(
-        object,
-        &["spec", "template", "spec"],
-        "spec.template.spec",
-        errors,
-    );
+    pod_spec(object, &["spec", "template", "spec"], "spec.template.spec", errors);
     let restart = obj::text(object, &["spec", "template", "spec", "restartPolicy"]);
     if restart != "Always" && ["OnFailure", "Never"].contains(&restart) {
         errors.push(FieldError::not_supported(
@@ -189,11 +163,7 @@ fn workload(
     if let Some(old) = old
         && obj::at(old, &["spec", "selector"]) != obj::at(object, &["spec", "selector"])
     {
-        errors.push(FieldError::invalid(
-            "spec.selector",
-            selector,
-            "field is immutable",
-        ));
+        errors.push(FieldError::invalid("spec.selector", selector, "field is immutable"));
     }
     if resource.kind == "Deployment" {
         strategy(object, errors);
@@ -204,11 +174,7 @@ fn strategy(object: &Value, errors: &mut Vec<FieldError>) {
     let kind = obj::text(object, &["spec", "strategy", "type"]);
     let allowed = ["Recreate", "RollingUpdate"].map(str::to_owned);
     if !allowed.iter().any(|one| one == kind) {
-        errors.push(FieldError::not_supported(
-            "spec.strategy.type",
-            &kind.into(),
-            &allowed,
-        ));
+        errors.push(FieldError::not_supported("spec.strategy.type", &kind.into(), &allowed));
     }
     let rolling = obj::at(object, &["spec", "strategy", "rollingUpdate"]);
     if kind == "Recreate" && rolling.is_some_and(|rolling| !rolling.is_null()) {
@@ -220,10 +186,7 @@ fn strategy(object: &Value, errors: &mut Vec<FieldError>) {
     let is_zero = |field: &str| {
         let value = rolling.and_then(|rolling| rolling.get(field));
         value.is_some_and(|value| {
-            *value == 0
-                || value
-                    .as_str()
-                    .is_some_and(|text| text == "0%" || text == "0")
+            *value == 0 || value.as_str().is_some_and(|text| text == "0%" || text == "0")
         })
     };
     if is_zero("maxSurge") && is_zero("maxUnavailable") {
@@ -239,20 +202,12 @@ fn service(object: &Value, errors: &mut Vec<FieldError>) {
     let kind = obj::text(object, &["spec", "type"]);
     let allowed = ["ClusterIP", "ExternalName", "LoadBalancer", "NodePort"].map(str::to_owned);
     if !allowed.iter().any(|one| one == kind) {
-        errors.push(FieldError::not_supported(
-            "spec.type",
-            &kind.into(),
-            &allowed,
-        ));
+        errors.push(FieldError::not_supported("spec.type", &kind.into(), &allowed));
     }
     let affinity = obj::text(object, &["spec", "sessionAffinity"]);
     let affinities = ["ClientIP", "None"].map(str::to_owned);
     if !affinities.iter().any(|one| one == affinity) {
-        errors.push(FieldError::not_supported(
-            "spec.sessionAffinity",
-            &affinity.into(),
-            &affinities,
-        ));
+        errors.push(FieldError::not_supported("spec.sessionAffinity", &affinity.into(), &affinities));
     }
     let ports = obj::items(object, &["spec", "ports"]);
     let is_headless = obj::text(object, &["spec", "clusterIP"]) == "None";
@@ -275,20 +230,14 @@ fn service(object: &Value, errors: &mut Vec<FieldError>) {
         let protocol = obj::text(port, &["protocol"]);
         let protocols = ["SCTP", "TCP", "UDP"].map(str::to_owned);
         if !protocols.iter().any(|one| one == protocol) {
-            errors.push(FieldError::not_supported(
-                format!("{at}.protocol"),
-                &protocol.into(),
-                &protocols,
-            ));
+            errors.push(FieldError::not_supported(format!("{at}.protocol"), &protocol.into(), &protocols));
         }
     }
 }
 
 fn budget(object: &Value, errors: &mut Vec<FieldError>) {
-    let (min, max) = (
-        obj::at(object, &["spec", "minAvailable"]),
-        obj::at(object, &["spec", "maxUnavailable"]),
-    );
+    let (min, max) =
+        (obj::at(object, &["spec", "minAvailable"]), obj::at(object, &["spec", "maxUnavailable"]));
     if min.is_some() && max.is_some() {
         errors.push(FieldError::invalid(
             "spec",
@@ -322,10 +271,7 @@ fn immutable(object: &Value, old: Option<&Value>, errors: &mut Vec<FieldError>) 
     };
     for field in ["data", "binaryData"] {
         if object.get(field) != old.get(field) {
-            errors.push(FieldError::forbidden(
-                field,
-                "field is immutable when `immutable` is set",
-            ));
+            errors.push(FieldError::forbidden(field, "field is immutable when `immutable` is set"));
         }
     }
 }

@@ -43,18 +43,13 @@ impl Labels {
             .into_iter()
             .flatten()
             .map(|(key, value)| {
-                Requirement::In(
-                    key.clone(),
-                    vec![value.as_str().unwrap_or_default().to_owned()],
-                )
+                Requirement::In(key.clone(), vec![value.as_str().unwrap_or_default().to_owned()])
             })
             .collect();
         for one in obj::items(selector, &["matchExpressions"]) {
             let key = obj::text(one, &["key"]).to_owned();
-            let values = obj::items(one, &["values"])
-                .iter()
-                .filter_map(|v| v.as_str().map(str::to_owned))
-                .collect();
+            let values =
+                obj::items(one, &["values"]).iter().filter_map(|v| v.as_str().map(str::to_owned)).collect();
             requirements.push(match obj::text(one, &["operator"]) {
                 "In" => Requirement::In(key, values),
                 "NotIn" => Requirement::NotIn(key, values),
@@ -73,10 +68,7 @@ impl Labels {
                 .into_iter()
                 .flatten()
                 .map(|(key, value)| {
-                    Requirement::In(
-                        key.clone(),
-                        vec![value.as_str().unwrap_or_default().to_owned()],
-                    )
+                    Requirement::In(key.clone(), vec![value.as_str().unwrap_or_default().to_owned()])
                 })
                 .collect(),
         )
@@ -89,18 +81,10 @@ impl Labels {
 
     /// Whether a map of labels matches.
     pub fn matches_map(&self, labels: Option<&serde_json::Map<String, Value>>) -> bool {
-        let get = |key: &str| {
-            labels
-                .and_then(|labels| labels.get(key))
-                .and_then(Value::as_str)
-        };
+        let get = |key: &str| labels.and_then(|labels| labels.get(key)).and_then(Value::as_str);
         self.0.iter().all(|one| match one {
-            Requirement::In(key, values) => {
-                get(key).is_some_and(|value| values.iter().any(|v| v == value))
-            }
-            Requirement::NotIn(key, values) => {
-                get(key).is_none_or(|value| values.iter().all(|v| v != value))
-            }
+            Requirement::In(key, values) => get(key).is_some_and(|value| values.iter().any(|v| v == value)),
+            Requirement::NotIn(key, values) => get(key).is_none_or(|value| values.iter().all(|v| v != value)),
             Requirement::Exists(key) => get(key).is_some(),
             Requirement::Absent(key) => get(key).is_none(),
         })
@@ -149,15 +133,9 @@ fn split_outside_parens(text: &str) -> Vec<&str> {
 fn parse_requirement(part: &str) -> Option<Requirement> {
     let is_key = |key: &str| {
         !key.is_empty()
-            && key
-                .chars()
-                .all(|c| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '_' | '/'))
+            && key.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '_' | '/'))
     };
-    let key = |text: &str| {
-        Some(text.trim())
-            .filter(|text| is_key(text))
-            .map(str::to_owned)
-    };
+    let key = |text: &str| Some(text.trim()).filter(|text| is_key(text)).map(str::to_owned);
     if let Some(rest) = part.strip_suffix(')') {
         let (head, list) = rest.split_once('(')?;
         let values = list.split(',').map(|one| one.trim().to_owned()).collect();
@@ -169,10 +147,7 @@ fn parse_requirement(part: &str) -> Option<Requirement> {
         };
     }
     if let Some((name, value)) = part.split_once("!=") {
-        return Some(Requirement::NotIn(
-            key(name)?,
-            vec![value.trim().to_owned()],
-        ));
+        return Some(Requirement::NotIn(key(name)?, vec![value.trim().to_owned()]));
     }
     if let Some((name, value)) = part.split_once("==").or_else(|| part.split_once('=')) {
         return Some(Requirement::In(key(name)?, vec![value.trim().to_owned()]));
@@ -234,16 +209,10 @@ impl Fields {
     /// Parses the text form for a resource; an unknown field is refused.
     pub fn parse(text: &str, resource: &str) -> ApiResult<Self> {
         let mut all = Vec::new();
-        for part in text
-            .split(',')
-            .map(str::trim)
-            .filter(|part| !part.is_empty())
-        {
+        for part in text.split(',').map(str::trim).filter(|part| !part.is_empty()) {
             let (field, value, equal) = if let Some((field, value)) = part.split_once("!=") {
                 (field, value, false)
-            } else if let Some((field, value)) =
-                part.split_once("==").or_else(|| part.split_once('='))
-            {
+            } else if let Some((field, value)) = part.split_once("==").or_else(|| part.split_once('=')) {
                 (field, value, true)
             } else {
                 return Err(ApiError::bad_request(format!(
@@ -251,13 +220,9 @@ impl Fields {
                 )));
             };
             let known = ["metadata.name", "metadata.namespace"].contains(&field)
-                || SELECTABLE
-                    .iter()
-                    .any(|(name, fields)| *name == resource && fields.contains(&field));
+                || SELECTABLE.iter().any(|(name, fields)| *name == resource && fields.contains(&field));
             if !known {
-                return Err(ApiError::bad_request(format!(
-                    "field label not supported: {field}"
-                )));
+                return Err(ApiError::bad_request(format!("field label not supported: {field}")));
             }
             all.push((field.to_owned(), value.to_owned(), equal));
         }
@@ -272,9 +237,7 @@ impl Fields {
                 None if field == "source" => "source.component".to_owned(),
                 None => field.clone(),
             };
-            let found = field
-                .split('.')
-                .try_fold(object, |value, key| value.get(key));
+            let found = field.split('.').try_fold(object, |value, key| value.get(key));
             let found = match found {
                 Some(Value::String(text)) => text.clone(),
                 Some(Value::Null) | None => match field.as_str() {
@@ -323,11 +286,7 @@ mod tests {
             ("!a", false),
             ("!b", true),
         ] {
-            assert_eq!(
-                Labels::parse(text).unwrap().matches(&object),
-                expected,
-                "{text}"
-            );
+            assert_eq!(Labels::parse(text).unwrap().matches(&object), expected, "{text}");
         }
         assert!(Labels::parse("a b=c").is_err());
         assert!(Labels::parse("a in 1").is_err());
@@ -336,21 +295,9 @@ mod tests {
     #[test]
     fn field_selectors() {
         let object = json!({"metadata": {"name": "x"}, "spec": {"nodeName": "n1"}});
-        assert!(
-            Fields::parse("spec.nodeName=n1,metadata.name=x", "pods")
-                .unwrap()
-                .matches(&object)
-        );
-        assert!(
-            !Fields::parse("spec.nodeName!=n1", "pods")
-                .unwrap()
-                .matches(&object)
-        );
-        assert!(
-            Fields::parse("status.phase=", "pods")
-                .unwrap()
-                .matches(&object)
-        );
+        assert!(Fields::parse("spec.nodeName=n1,metadata.name=x", "pods").unwrap().matches(&object));
+        assert!(!Fields::parse("spec.nodeName!=n1", "pods").unwrap().matches(&object));
+        assert!(Fields::parse("status.phase=", "pods").unwrap().matches(&object));
         assert!(Fields::parse("spec.image=x", "pods").is_err());
         assert!(Fields::parse("metadata.name", "pods").is_err());
     }

@@ -1,7 +1,7 @@
 //! The server object: configuration, state, listeners.
 
 use std::path::PathBuf;
-use std::sync::{Arc, OnceLock, RwLock};
+use std::sync::{Arc, RwLock};
 
 use ipnet::{Ipv4Net, Ipv6Net};
 use serde_json::{Value, json};
@@ -31,10 +31,7 @@ pub struct ApiConfig {
 impl Default for ApiConfig {
     fn default() -> Self {
         Self {
-            service_cidr_v4: Some(Ipv4Net::new_assert(
-                std::net::Ipv4Addr::new(10, 96, 0, 0),
-                16,
-            )),
+            service_cidr_v4: Some(Ipv4Net::new_assert(std::net::Ipv4Addr::new(10, 96, 0, 0), 16)),
             service_cidr_v6: Some(Ipv6Net::new_assert(
                 std::net::Ipv6Addr::new(0xfd00, 0x96, 0, 0, 0, 0, 0, 0),
                 112,
@@ -69,14 +66,11 @@ pub struct ApiServer {
     pub(super) openapi: super::openapi::Cache,
     pub(super) shutdown: CancellationToken,
     logs: RwLock<Option<Arc<dyn PodLogs>>>,
-    this: OnceLock<std::sync::Weak<Self>>,
 }
 
 impl std::fmt::Debug for ApiServer {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("ApiServer")
-            .field("config", &self.config)
-            .finish_non_exhaustive()
+        f.debug_struct("ApiServer").field("config", &self.config).finish_non_exhaustive()
     }
 }
 
@@ -93,9 +87,7 @@ impl ApiServer {
             openapi: super::openapi::Cache::default(),
             shutdown: CancellationToken::new(),
             logs: RwLock::new(None),
-            this: OnceLock::new(),
         });
-        server.this.get_or_init(|| Arc::downgrade(&server));
         server.make_first_objects();
         server
     }
@@ -104,12 +96,7 @@ impl ApiServer {
         let mut first: Vec<(&str, &str, Option<&str>, Value)> = Vec::new();
         for name in NAMESPACES {
             first.push(("", "namespaces", None, json!({"metadata": {"name": name}})));
-            first.push((
-                "",
-                "serviceaccounts",
-                Some(name),
-                json!({"metadata": {"name": "default"}}),
-            ));
+            first.push(("", "serviceaccounts", Some(name), json!({"metadata": {"name": "default"}})));
         }
         first.push((
             "",
@@ -125,12 +112,7 @@ impl ApiServer {
         ));
         for (group, plural, namespace, object) in first {
             let made = self.resource(group, plural).and_then(|resource| {
-                self.create_now(
-                    &resource,
-                    namespace,
-                    object,
-                    &mut WriteOptions::internal("kube-apiserver"),
-                )
+                self.create_now(&resource, namespace, object, &mut WriteOptions::internal("kube-apiserver"))
             });
             if let Err(error) = made {
                 tracing::error!(%error, plural, "a first object of the cluster was not made");
@@ -142,9 +124,7 @@ impl ApiServer {
     pub async fn serve(self: Arc<Self>, listener: tokio::net::TcpListener) -> std::io::Result<()> {
         let stop = self.shutdown.clone();
         let router = routes::router(self);
-        axum::serve(listener, router)
-            .with_graceful_shutdown(async move { stop.cancelled().await })
-            .await
+        axum::serve(listener, router).with_graceful_shutdown(async move { stop.cancelled().await }).await
     }
 
     /// Ends all listeners and watches.
@@ -159,28 +139,15 @@ impl ApiServer {
 
     /// Says where logs are.
     pub fn set_pod_logs(&self, logs: Arc<dyn PodLogs>) {
-        *self
-            .logs
-            .write()
-            .unwrap_or_else(std::sync::PoisonError::into_inner) = Some(logs);
+        *self.logs.write().unwrap_or_else(std::sync::PoisonError::into_inner) = Some(logs);
     }
 
     pub(super) fn pod_logs(&self) -> Option<Arc<dyn PodLogs>> {
-        self.logs
-            .read()
-            .unwrap_or_else(std::sync::PoisonError::into_inner)
-            .clone()
+        self.logs.read().unwrap_or_else(std::sync::PoisonError::into_inner).clone()
     }
 
     /// A resource by group and plural name.
     pub fn resource(&self, group: &str, plural: &str) -> ApiResult<Arc<Resource>> {
-        self.registry
-            .any_version(group, plural)
-            .ok_or_else(ApiError::unknown_path)
-    }
-
-    /// A handle of its own.
-    pub(super) fn handle(&self) -> Option<Arc<Self>> {
-        self.this.get().and_then(std::sync::Weak::upgrade)
+        self.registry.any_version(group, plural).ok_or_else(ApiError::unknown_path)
     }
 }

@@ -78,6 +78,7 @@ struct Inner {
 pub struct Store {
     start: u64,
     inner: Mutex<Inner>,
+    tick: watch::Sender<u64>,
 }
 
 impl Default for Store {
@@ -90,15 +91,11 @@ impl Store {
     /// An empty store. Versions start at the clock's milliseconds, so that clients of an earlier process see a
     /// version from before the history and list again.
     pub fn new() -> Self {
-        let start = u64::try_from(jiff::Timestamp::now().as_millisecond())
-            .unwrap_or(1)
-            .max(1);
+        let start = u64::try_from(jiff::Timestamp::now().as_millisecond()).unwrap_or(1).max(1);
         Self {
             start,
-            inner: Mutex::new(Inner {
-                version: start,
-                collections: HashMap::new(),
-            }),
+            inner: Mutex::new(Inner { version: start, collections: HashMap::new() }),
+            tick: watch::Sender::new(0),
         }
     }
 
@@ -119,11 +116,7 @@ impl Store {
     /// All objects of a resource, of one namespace if given, and the version of the picture.
     pub fn list(&self, kind: &GroupResource, namespace: Option<&str>) -> (Vec<Arc<Value>>, u64) {
         let inner = self.lock();
-        let objects = inner
-            .collections
-            .get(kind)
-            .map(|one| one.select(namespace))
-            .unwrap_or_default();
+        let objects = inner.collections.get(kind).map(|one| one.select(namespace)).unwrap_or_default();
         (objects, inner.version)
     }
 
@@ -133,30 +126,19 @@ impl Store {
         inner
             .collections
             .iter()
-            .flat_map(|(kind, one)| {
-                one.objects
-                    .values()
-                    .map(|object| (kind.clone(), object.clone()))
-            })
+            .flat_map(|(kind, one)| one.objects.values().map(|object| (kind.clone(), object.clone())))
             .collect()
     }
 
     /// Adds an object that is not there yet.
-    pub fn insert(
-        &self,
-        kind: &GroupResource,
-        key: Key,
-        object: Value,
-    ) -> Result<Arc<Value>, StoreError> {
+    pub fn insert(&self, kind: &GroupResource, key: Key, object: Value) -> Result<Arc<Value>, StoreError> {
         let mut inner = self.lock();
-        if inner
-            .collection(kind, self.start)
-            .objects
-            .contains_key(&key)
-        {
+        if inner.collection(kind, self.start).objects.contains_key(&key) {
             return Err(StoreError::Exists);
         }
-        Ok(inner.put(kind, self.start, key, object, None))
+        let stored = inner.put(kind, self.start, key, object, None);
+        self.tick.send_replace(inner.version);
+        Ok(stored)
     }
 
     /// Writes an object that is there in version `seen`.
@@ -169,7 +151,9 @@ impl Store {
     ) -> Result<Arc<Value>, StoreError> {
         let mut inner = self.lock();
         let before = inner.expect(kind, self.start, key, Some(seen))?;
-        Ok(inner.put(kind, self.start, key.clone(), object, Some(before)))
+        let stored = inner.put(kind, self.start, key.clone(), object, Some(before));
+        self.tick.send_replace(inner.version);
+        Ok(stored)
     }
 
     /// Removes an object, only in version `seen` if given. Returns its last state.
@@ -184,11 +168,7 @@ impl Store {
         inner.version += 1;
         let version = inner.version;
         let mut last = (*before).clone();
-        obj::set(
-            &mut last,
-            &["metadata", "resourceVersion"],
-            version.to_string(),
-        );
+        obj::set(&mut last, &["metadata", "resourceVersion"], version.to_string());
         let last = Arc::new(last);
         let collection = inner.collection(kind, self.start);
         collection.objects.remove(key);
@@ -198,26 +178,24 @@ impl Store {
             object: last.clone(),
             before: Some(before),
         });
+        self.tick.send_replace(version);
         Ok(last)
     }
 
     /// Changes of a resource after a version, oldest first.
-    pub fn changes_since(
-        &self,
-        kind: &GroupResource,
-        version: u64,
-    ) -> Result<Vec<Arc<Change>>, StoreError> {
+    pub fn changes_since(&self, kind: &GroupResource, version: u64) -> Result<Vec<Arc<Change>>, StoreError> {
         let mut inner = self.lock();
         let collection = inner.collection(kind, self.start);
         if version < collection.forgotten {
-            return Err(StoreError::TooOld {
-                oldest: collection.forgotten,
-            });
+            return Err(StoreError::TooOld { oldest: collection.forgotten });
         }
-        let from = collection
-            .history
-            .partition_point(|one| one.version <= version);
+        let from = collection.history.partition_point(|one| one.version <= version);
         Ok(collection.history.iter().skip(from).cloned().collect())
+    }
+
+    /// A receiver that is told of each change of anything.
+    pub fn subscribe_all(&self) -> watch::Receiver<u64> {
+        self.tick.subscribe()
     }
 
     /// A receiver that is told of each change of a resource.
@@ -228,14 +206,12 @@ impl Store {
 
 impl Inner {
     fn collection(&mut self, kind: &GroupResource, start: u64) -> &mut Collection {
-        self.collections
-            .entry(kind.clone())
-            .or_insert_with(|| Collection {
-                objects: BTreeMap::new(),
-                history: VecDeque::new(),
-                forgotten: start,
-                tick: watch::Sender::new(0),
-            })
+        self.collections.entry(kind.clone()).or_insert_with(|| Collection {
+            objects: BTreeMap::new(),
+            history: VecDeque::new(),
+            forgotten: start,
+            tick: watch::Sender::new(0),
+        })
     }
 
     fn expect(
@@ -245,12 +221,7 @@ impl Inner {
         key: &Key,
         seen: Option<&str>,
     ) -> Result<Arc<Value>, StoreError> {
-        let before = self
-            .collection(kind, start)
-            .objects
-            .get(key)
-            .cloned()
-            .ok_or(StoreError::Missing)?;
+        let before = self.collection(kind, start).objects.get(key).cloned().ok_or(StoreError::Missing)?;
         if seen.is_some_and(|seen| seen != obj::version(&before)) {
             return Err(StoreError::Changed);
         }
@@ -267,25 +238,12 @@ impl Inner {
     ) -> Arc<Value> {
         self.version += 1;
         let version = self.version;
-        obj::set(
-            &mut object,
-            &["metadata", "resourceVersion"],
-            version.to_string(),
-        );
+        obj::set(&mut object, &["metadata", "resourceVersion"], version.to_string());
         let object = Arc::new(object);
         let collection = self.collection(kind, start);
         collection.objects.insert(key, object.clone());
-        let change = if before.is_some() {
-            ChangeKind::Modified
-        } else {
-            ChangeKind::Added
-        };
-        collection.record(Change {
-            version,
-            kind: change,
-            object: object.clone(),
-            before,
-        });
+        let change = if before.is_some() { ChangeKind::Modified } else { ChangeKind::Added };
+        collection.record(Change { version, kind: change, object: object.clone(), before });
         object
     }
 }
@@ -329,35 +287,14 @@ mod tests {
     fn a_lost_update_is_refused() {
         let store = Store::new();
         let kind = GroupResource::new("", "things");
-        let first = store
-            .insert(&kind, key("a"), json!({"metadata": {"name": "a"}}))
-            .unwrap();
+        let first = store.insert(&kind, key("a"), json!({"metadata": {"name": "a"}})).unwrap();
         let seen = obj::version(&first).to_owned();
-        assert_eq!(
-            store.insert(&kind, key("a"), json!({})),
-            Err(StoreError::Exists)
-        );
-        store
-            .replace(
-                &kind,
-                &key("a"),
-                &seen,
-                json!({"metadata": {"name": "a"}, "n": 1}),
-            )
-            .unwrap();
-        assert_eq!(
-            store.replace(&kind, &key("a"), &seen, json!({})),
-            Err(StoreError::Changed)
-        );
-        assert_eq!(
-            store.remove(&kind, &key("a"), Some(&seen)),
-            Err(StoreError::Changed)
-        );
+        assert_eq!(store.insert(&kind, key("a"), json!({})), Err(StoreError::Exists));
+        store.replace(&kind, &key("a"), &seen, json!({"metadata": {"name": "a"}, "n": 1})).unwrap();
+        assert_eq!(store.replace(&kind, &key("a"), &seen, json!({})), Err(StoreError::Changed));
+        assert_eq!(store.remove(&kind, &key("a"), Some(&seen)), Err(StoreError::Changed));
         store.remove(&kind, &key("a"), None).unwrap();
-        assert_eq!(
-            store.remove(&kind, &key("a"), None),
-            Err(StoreError::Missing)
-        );
+        assert_eq!(store.remove(&kind, &key("a"), None), Err(StoreError::Missing));
     }
 
     #[test]
@@ -366,14 +303,9 @@ mod tests {
         let kind = GroupResource::new("", "things");
         let start = store.version();
         for number in 0..HISTORY + 5 {
-            store
-                .insert(&kind, key(&format!("n{number}")), json!({"metadata": {}}))
-                .unwrap();
+            store.insert(&kind, key(&format!("n{number}")), json!({"metadata": {}})).unwrap();
         }
-        assert!(matches!(
-            store.changes_since(&kind, start),
-            Err(StoreError::TooOld { .. })
-        ));
+        assert!(matches!(store.changes_since(&kind, start), Err(StoreError::TooOld { .. })));
         let now = store.version();
         assert_eq!(store.changes_since(&kind, now - 3).unwrap().len(), 3);
         assert!(store.changes_since(&kind, now).unwrap().is_empty());

@@ -11,11 +11,7 @@ use super::request::Body;
 pub fn parse(bytes: &[u8]) -> Result<Body, serde_json::Error> {
     let mut body = Body::default();
     let mut source = serde_json::Deserializer::from_slice(bytes);
-    body.value = Node {
-        path: String::new(),
-        duplicates: &mut body.duplicates,
-    }
-    .deserialize(&mut source)?;
+    body.value = Node { path: String::new(), duplicates: &mut body.duplicates }.deserialize(&mut source)?;
     source.end()?;
     Ok(body)
 }
@@ -53,9 +49,7 @@ impl<'de> Visitor<'de> for Node<'_> {
     }
 
     fn visit_f64<E: serde::de::Error>(self, value: f64) -> Result<Value, E> {
-        Number::from_f64(value)
-            .map(Value::Number)
-            .ok_or_else(|| E::custom("not a JSON number"))
+        Number::from_f64(value).map(Value::Number).ok_or_else(|| E::custom("not a JSON number"))
     }
 
     fn visit_str<E>(self, value: &str) -> Result<Value, E> {
@@ -74,10 +68,7 @@ impl<'de> Visitor<'de> for Node<'_> {
         let mut list = Vec::new();
         loop {
             let path = format!("{}[{}]", self.path, list.len());
-            match source.next_element_seed(Node {
-                path,
-                duplicates: self.duplicates,
-            })? {
+            match source.next_element_seed(Node { path, duplicates: self.duplicates })? {
                 Some(one) => list.push(one),
                 None => return Ok(Value::Array(list)),
             }
@@ -87,18 +78,11 @@ impl<'de> Visitor<'de> for Node<'_> {
     fn visit_map<A: MapAccess<'de>>(self, mut source: A) -> Result<Value, A::Error> {
         let mut map = Map::new();
         while let Some(key) = source.next_key::<String>()? {
-            let path = if self.path.is_empty() {
-                key.clone()
-            } else {
-                format!("{}.{key}", self.path)
-            };
+            let path = if self.path.is_empty() { key.clone() } else { format!("{}.{key}", self.path) };
             if map.contains_key(&key) {
                 self.duplicates.push(path.clone());
             }
-            let value = source.next_value_seed(Node {
-                path,
-                duplicates: self.duplicates,
-            })?;
+            let value = source.next_value_seed(Node { path, duplicates: self.duplicates })?;
             map.insert(key, value);
         }
         if map.len() > 100_000 {

@@ -16,42 +16,12 @@ use super::write::{Part, WriteOptions};
 
 /// Resources that are answered and not stored, all `v1`: group, plural, kind, whether namespaced.
 pub const REVIEWS: [(&str, &str, &str, bool); 6] = [
-    (
-        "authentication.k8s.io",
-        "selfsubjectreviews",
-        "SelfSubjectReview",
-        false,
-    ),
-    (
-        "authentication.k8s.io",
-        "tokenreviews",
-        "TokenReview",
-        false,
-    ),
-    (
-        "authorization.k8s.io",
-        "localsubjectaccessreviews",
-        "LocalSubjectAccessReview",
-        true,
-    ),
-    (
-        "authorization.k8s.io",
-        "selfsubjectaccessreviews",
-        "SelfSubjectAccessReview",
-        false,
-    ),
-    (
-        "authorization.k8s.io",
-        "selfsubjectrulesreviews",
-        "SelfSubjectRulesReview",
-        false,
-    ),
-    (
-        "authorization.k8s.io",
-        "subjectaccessreviews",
-        "SubjectAccessReview",
-        false,
-    ),
+    ("authentication.k8s.io", "selfsubjectreviews", "SelfSubjectReview", false),
+    ("authentication.k8s.io", "tokenreviews", "TokenReview", false),
+    ("authorization.k8s.io", "localsubjectaccessreviews", "LocalSubjectAccessReview", true),
+    ("authorization.k8s.io", "selfsubjectaccessreviews", "SelfSubjectAccessReview", false),
+    ("authorization.k8s.io", "selfsubjectrulesreviews", "SelfSubjectRulesReview", false),
+    ("authorization.k8s.io", "subjectaccessreviews", "SubjectAccessReview", false),
 ];
 
 /// The user that everybody is.
@@ -105,8 +75,7 @@ pub fn review(group: &str, resource: &str, mut object: Value) -> Option<Value> {
 /// The numbers and selector of a scale subresource.
 fn number_at(path: &str, object: &Value) -> i64 {
     let path = JsonPath::parse(path).ok();
-    path.and_then(|path| path.find(object).first().and_then(|found| found.as_i64()))
-        .unwrap_or(0)
+    path.and_then(|path| path.find(object).first().and_then(|found| found.as_i64())).unwrap_or(0)
 }
 
 /// The `Scale` of an object.
@@ -114,29 +83,20 @@ pub fn scale_of(paths: &ScalePaths, object: &Value) -> Value {
     let selector = match &paths.selector {
         Some(path) => JsonPath::parse(path)
             .ok()
-            .and_then(|path| {
-                path.find(object)
-                    .first()
-                    .and_then(|found| found.as_str().map(str::to_owned))
-            })
+            .and_then(|path| path.find(object).first().and_then(|found| found.as_str().map(str::to_owned)))
             .unwrap_or_default(),
         None => {
             let selector = obj::at(object, &["spec", "selector"]).unwrap_or(&Value::Null);
-            let labels = if selector.get("matchLabels").is_some()
-                || selector.get("matchExpressions").is_some()
-            {
-                Labels::from_object(selector)
-            } else {
-                Some(Labels::from_map(selector.as_object()))
-            };
+            let labels =
+                if selector.get("matchLabels").is_some() || selector.get("matchExpressions").is_some() {
+                    Labels::from_object(selector)
+                } else {
+                    Some(Labels::from_map(selector.as_object()))
+                };
             labels.map(|labels| labels.to_string()).unwrap_or_default()
         }
     };
-    let meta = |field: &str| {
-        obj::at(object, &["metadata", field])
-            .cloned()
-            .unwrap_or_default()
-    };
+    let meta = |field: &str| obj::at(object, &["metadata", field]).cloned().unwrap_or_default();
     let mut scale = json!({
         "kind": "Scale",
         "apiVersion": "autoscaling/v1",
@@ -199,18 +159,10 @@ impl ApiServer {
             if !seen.is_empty() && seen != obj::version(old) {
                 return Err(ApiError::modified(&resource.plural, &resource.group, name));
             }
-            let replicas = obj::at(&scale, &["spec", "replicas"])
-                .cloned()
-                .unwrap_or(json!(0));
-            if !replicas
-                .as_i64()
-                .is_some_and(|number| (0..=i64::from(i32::MAX)).contains(&number))
-            {
-                let error = FieldError::invalid(
-                    "spec.replicas",
-                    &replicas,
-                    "must be greater than or equal to 0",
-                );
+            let replicas = obj::at(&scale, &["spec", "replicas"]).cloned().unwrap_or(json!(0));
+            if !replicas.as_i64().is_some_and(|number| (0..=i64::from(i32::MAX)).contains(&number)) {
+                let error =
+                    FieldError::invalid("spec.replicas", &replicas, "must be greater than or equal to 0");
                 return Err(ApiError::invalid("Scale", "autoscaling", name, &[error]));
             }
             let mut new = old.clone();
@@ -248,12 +200,7 @@ impl ApiServer {
     }
 
     /// Deletes a pod unless a disruption budget forbids it.
-    pub fn evict(
-        &self,
-        namespace: &str,
-        name: &str,
-        options: &DeleteOptions,
-    ) -> ApiResult<Deleted> {
+    pub fn evict(&self, namespace: &str, name: &str, options: &DeleteOptions) -> ApiResult<Deleted> {
         let pods = self.resource("", "pods")?;
         let pod = self.get(&pods, Some(namespace), name)?;
         let budgets = self.resource("policy", "poddisruptionbudgets")?;
@@ -288,35 +235,23 @@ impl ApiServer {
         let pod = self.get(&pods, Some(namespace), name)?;
         let containers = obj::items(&pod, &["spec", "containers"]);
         if let Some(container) = container {
-            let all = containers
-                .iter()
-                .chain(obj::items(&pod, &["spec", "initContainers"]));
-            if !all
-                .map(|one| obj::text(one, &["name"]))
-                .any(|known| known == container)
-            {
+            let all = containers.iter().chain(obj::items(&pod, &["spec", "initContainers"]));
+            if !all.map(|one| obj::text(one, &["name"])).any(|known| known == container) {
                 return Err(ApiError::bad_request(format!(
                     "container {container} is not valid for pod {name}"
                 )));
             }
         } else if containers.len() > 1 {
-            let names: Vec<&str> = containers
-                .iter()
-                .map(|one| obj::text(one, &["name"]))
-                .collect();
+            let names: Vec<&str> = containers.iter().map(|one| obj::text(one, &["name"])).collect();
             return Err(ApiError::bad_request(format!(
                 "a container name must be specified for pod {name}, choose one of: [{}]",
                 names.join(" ")
             )));
         }
-        let shown = container.unwrap_or_else(|| {
-            containers
-                .first()
-                .map_or("", |one| obj::text(one, &["name"]))
-        });
+        let shown =
+            container.unwrap_or_else(|| containers.first().map_or("", |one| obj::text(one, &["name"])));
         let logs = self.pod_logs();
-        let file = logs
-            .and_then(|logs| logs.log_file(namespace, name, obj::uid(&pod), container, previous));
+        let file = logs.and_then(|logs| logs.log_file(namespace, name, obj::uid(&pod), container, previous));
         file.ok_or_else(|| {
             ApiError::bad_request(format!(
                 "container \"{shown}\" in pod \"{name}\" is waiting to start: there is no log yet"
@@ -336,9 +271,7 @@ pub fn set_scheduled(pod: &mut Value, is_scheduled: bool, reason: &str, message:
         obj::set(&mut condition, &["message"], message);
     }
     let mut conditions = obj::items(pod, &["status", "conditions"]).to_vec();
-    if let Some(old) = conditions
-        .iter()
-        .find(|one| obj::text(one, &["type"]) == "PodScheduled")
+    if let Some(old) = conditions.iter().find(|one| obj::text(one, &["type"]) == "PodScheduled")
         && obj::text(old, &["status"]) == status
         && let Some(since) = old.get("lastTransitionTime")
     {
@@ -352,9 +285,7 @@ pub fn set_scheduled(pod: &mut Value, is_scheduled: bool, reason: &str, message:
 
 /// A token for a service account. It says who the account is; nothing checks it.
 pub fn token(namespace: &str, name: &str, mut request: Value) -> Value {
-    let seconds = obj::int(&request, &["spec", "expirationSeconds"])
-        .unwrap_or(3600)
-        .clamp(600, 1 << 32);
+    let seconds = obj::int(&request, &["spec", "expirationSeconds"]).unwrap_or(3600).clamp(600, 1 << 32);
     let expires = jiff::Timestamp::now() + jiff::SignedDuration::from_secs(seconds);
     obj::set(
         &mut request,

@@ -91,9 +91,7 @@ impl WatchOptions {
     /// From a query.
     pub fn read(query: &Query) -> ApiResult<Self> {
         let version = query.get("resourceVersion");
-        let send_initial = query
-            .has("sendInitialEvents")
-            .then(|| query.flag("sendInitialEvents"));
+        let send_initial = query.has("sendInitialEvents").then(|| query.flag("sendInitialEvents"));
         let number = |text: &str| -> ApiResult<u64> {
             text.parse().map_err(|_| {
                 ApiError::bad_request(format!("resourceVersion: Invalid value: \"{text}\": strconv.ParseUint: parsing \"{text}\": invalid syntax"))
@@ -113,10 +111,7 @@ impl WatchOptions {
             initial_end: send_initial == Some(true) && query.flag("allowWatchBookmarks"),
             skip_initial: send_initial == Some(false),
             bookmarks: query.flag("allowWatchBookmarks"),
-            timeout: query
-                .number("timeoutSeconds")
-                .filter(|&seconds| seconds > 0)
-                .map(Duration::from_secs),
+            timeout: query.number("timeoutSeconds").filter(|&seconds| seconds > 0).map(Duration::from_secs),
         })
     }
 }
@@ -152,20 +147,12 @@ impl ApiServer {
                 watch.read_changes();
             }
             None => {
-                let (objects, version) = self
-                    .store
-                    .list(&resource.storage, watch.selection.namespace.as_deref());
+                let (objects, version) =
+                    self.store.list(&resource.storage, watch.selection.namespace.as_deref());
                 watch.seen = version;
                 if !options.skip_initial {
-                    let selected = objects
-                        .into_iter()
-                        .filter(|object| watch.selection.matches(object));
-                    watch.pending = selected
-                        .map(|object| Event {
-                            kind: EventKind::Added,
-                            object,
-                        })
-                        .collect();
+                    let selected = objects.into_iter().filter(|object| watch.selection.matches(object));
+                    watch.pending = selected.map(|object| Event { kind: EventKind::Added, object }).collect();
                 }
                 if options.initial_end {
                     let mark = watch.bookmark(true);
@@ -189,11 +176,7 @@ impl Watch {
                 return None;
             }
             let stopped = self.server.stopped();
-            let wake = if self.bookmarks {
-                self.next_bookmark.min(self.end)
-            } else {
-                self.end
-            };
+            let wake = if self.bookmarks { self.next_bookmark.min(self.end) } else { self.end };
             tokio::select! {
                 changed = self.tick.changed() => {
                     if changed.is_err() {
@@ -217,11 +200,7 @@ impl Watch {
 
     fn read_changes(&mut self) {
         self.tick.mark_unchanged();
-        match self
-            .server
-            .store
-            .changes_since(&self.resource.storage, self.seen)
-        {
+        match self.server.store.changes_since(&self.resource.storage, self.seen) {
             Ok(changes) => {
                 for change in changes {
                     self.seen = change.version;
@@ -231,31 +210,19 @@ impl Watch {
                 }
             }
             Err(StoreError::TooOld { oldest }) => {
-                let error = ApiError::expired(format!(
-                    "too old resource version: {} ({oldest})",
-                    self.seen
-                ));
-                self.pending.push_back(Event {
-                    kind: EventKind::Error,
-                    object: Arc::new(error.status()),
-                });
+                let error = ApiError::expired(format!("too old resource version: {} ({oldest})", self.seen));
+                self.pending.push_back(Event { kind: EventKind::Error, object: Arc::new(error.status()) });
             }
             Err(other) => {
                 let error = ApiError::internal(other);
-                self.pending.push_back(Event {
-                    kind: EventKind::Error,
-                    object: Arc::new(error.status()),
-                });
+                self.pending.push_back(Event { kind: EventKind::Error, object: Arc::new(error.status()) });
             }
         }
     }
 
     fn event_of(&self, change: &Change) -> Option<Event> {
         let is = change.kind != ChangeKind::Deleted && self.selection.matches(&change.object);
-        let was = change
-            .before
-            .as_ref()
-            .is_some_and(|before| self.selection.matches(before));
+        let was = change.before.as_ref().is_some_and(|before| self.selection.matches(before));
         let kind = match (was, is) {
             (false, false) => return None,
             (false, true) => EventKind::Added,
@@ -266,11 +233,7 @@ impl Watch {
         let object = match (&change.before, change.kind, kind) {
             (Some(before), ChangeKind::Modified, EventKind::Deleted) => {
                 let mut last = (**before).clone();
-                obj::set(
-                    &mut last,
-                    &["metadata", "resourceVersion"],
-                    change.version.to_string(),
-                );
+                obj::set(&mut last, &["metadata", "resourceVersion"], change.version.to_string());
                 Arc::new(last)
             }
             _ => change.object.clone(),
@@ -284,8 +247,7 @@ impl Watch {
         if !self.has_unread() {
             self.seen = self.seen.max(version);
         }
-        let mut metadata =
-            json!({"resourceVersion": self.seen.to_string(), "creationTimestamp": null});
+        let mut metadata = json!({"resourceVersion": self.seen.to_string(), "creationTimestamp": null});
         if is_initial_end {
             obj::set(&mut metadata, &["annotations", INITIAL_END], "true");
         }
@@ -293,10 +255,7 @@ impl Watch {
             "kind": self.resource.kind, "apiVersion": self.resource.api_version(), "metadata": metadata,
         });
         obj::set(&mut object, &["metadata", "creationTimestamp"], Value::Null);
-        Event {
-            kind: EventKind::Bookmark,
-            object: Arc::new(object),
-        }
+        Event { kind: EventKind::Bookmark, object: Arc::new(object) }
     }
 
     fn has_unread(&self) -> bool {

@@ -97,9 +97,7 @@ impl ApiServer {
     ) -> ApiResult<Value> {
         check_identity(resource, namespace, None, &mut object)?;
         if !obj::version(&object).is_empty() {
-            return Err(ApiError::bad_request(
-                "resourceVersion should not be set on objects to be created",
-            ));
+            return Err(ApiError::bad_request("resourceVersion should not be set on objects to be created"));
         }
         if resource.namespaced {
             self.check_namespace(resource, namespace.unwrap_or_default(), &object)?;
@@ -114,8 +112,7 @@ impl ApiServer {
         meta::stamp_new(resource, &mut object);
         defaults::apply(resource, &mut object, None);
         if resource.plural == "services" && resource.group.is_empty() {
-            self.service_ips
-                .assign(&mut object, None, self.config.prefer_v6)?;
+            self.service_ips.assign(&mut object, None, self.config.prefer_v6)?;
         }
         if resource.plural == "customresourcedefinitions" {
             crd::prepare(self, &mut object);
@@ -131,9 +128,7 @@ impl ApiServer {
         object: Value,
         options: &WriteOptions,
     ) -> ApiResult<Arc<Value>> {
-        let namespace = resource
-            .namespaced
-            .then(|| obj::namespace(&object).to_owned());
+        let namespace = resource.namespaced.then(|| obj::namespace(&object).to_owned());
         let name = obj::name(&object).to_owned();
         let key = key(namespace.as_deref(), &name);
         let exists = || ApiError::already_exists(&resource.plural, &resource.group, &name);
@@ -225,11 +220,7 @@ impl ApiServer {
         if let Patch::Apply(applied) = patch {
             let mut applied = applied.clone();
             check_identity(resource, namespace, Some(name), &mut applied)?;
-            if self
-                .store
-                .get(&resource.storage, &key(namespace, name))
-                .is_none()
-            {
+            if self.store.get(&resource.storage, &key(namespace, name)).is_none() {
                 if options.part == Part::Status {
                     return Err(ApiError::not_found(&resource.plural, &resource.group, name));
                 }
@@ -242,18 +233,10 @@ impl ApiServer {
         }
         let is_event = resource.group == "events.k8s.io";
         self.rewrite(resource, namespace, name, options, &mut |old, options| {
-            let shown = if is_event {
-                events::to_new(old)
-            } else {
-                old.clone()
-            };
+            let shown = if is_event { events::to_new(old) } else { old.clone() };
             let mut patched = patch::apply_patch(resource, &shown, patch, options)?;
             check_identity(resource, namespace, Some(name), &mut patched)?;
-            Ok(if is_event {
-                events::to_core(&patched)
-            } else {
-                patched
-            })
+            Ok(if is_event { events::to_core(&patched) } else { patched })
         })
     }
 
@@ -313,8 +296,7 @@ impl ApiServer {
         if options.part != Part::Status {
             defaults::apply(resource, &mut object, Some(old));
             if resource.plural == "services" && resource.group.is_empty() {
-                self.service_ips
-                    .assign(&mut object, Some(old), self.config.prefer_v6)?;
+                self.service_ips.assign(&mut object, Some(old), self.config.prefer_v6)?;
             }
         }
         if resource.plural == "customresourcedefinitions" {
@@ -336,11 +318,7 @@ impl ApiServer {
         mut object: Value,
         options: &WriteOptions,
     ) -> Result<Arc<Value>, Option<ApiError>> {
-        obj::set(
-            &mut object,
-            &["metadata", "resourceVersion"],
-            obj::version(old).to_owned(),
-        );
+        obj::set(&mut object, &["metadata", "resourceVersion"], obj::version(old).to_owned());
         if options.dry_run {
             return Ok(Arc::new(object));
         }
@@ -350,25 +328,16 @@ impl ApiServer {
         }
         let key = key(namespace, name);
         let gone = super::delete::may_be_removed(resource, &object);
-        let written = self
-            .store
-            .replace(&resource.storage, &key, obj::version(old), object);
+        let written = self.store.replace(&resource.storage, &key, obj::version(old), object);
         let stored = match written {
             Ok(stored) => stored,
             Err(StoreError::Missing) => {
-                return Err(Some(ApiError::not_found(
-                    &resource.plural,
-                    &resource.group,
-                    name,
-                )));
+                return Err(Some(ApiError::not_found(&resource.plural, &resource.group, name)));
             }
             Err(_) => return Err(None),
         };
         if gone {
-            if let Ok(last) =
-                self.store
-                    .remove(&resource.storage, &key, Some(obj::version(&stored)))
-            {
+            if let Ok(last) = self.store.remove(&resource.storage, &key, Some(obj::version(&stored))) {
                 self.after_removal(resource, &last);
                 return Ok(last);
             }
@@ -377,12 +346,7 @@ impl ApiServer {
         Ok(stored)
     }
 
-    fn check_namespace(
-        &self,
-        resource: &Resource,
-        namespace: &str,
-        object: &Value,
-    ) -> ApiResult<()> {
+    fn check_namespace(&self, resource: &Resource, namespace: &str, object: &Value) -> ApiResult<()> {
         let namespaces = self.resource("", "namespaces")?;
         let found = self.get(&namespaces, None, namespace)?;
         if obj::is_deleting(&found) && resource.kind != "Event" {
@@ -426,9 +390,7 @@ fn check_identity(
     object: &mut Value,
 ) -> ApiResult<()> {
     if !object.is_object() {
-        return Err(ApiError::bad_request(
-            "the object provided is unrecognized: it is not a JSON object",
-        ));
+        return Err(ApiError::bad_request("the object provided is unrecognized: it is not a JSON object"));
     }
     let version = resource.api_version();
     let found = obj::text(object, &["apiVersion"]).to_owned();
@@ -448,25 +410,12 @@ fn check_identity(
             resource.version, resource.kind
         )));
     }
-    if !object
-        .get("metadata")
-        .is_none_or(|meta| meta.is_object() || meta.is_null())
-    {
+    if !object.get("metadata").is_none_or(|meta| meta.is_object() || meta.is_null()) {
         return Err(ApiError::bad_request("metadata: must be an object"));
     }
-    for field in [
-        "name",
-        "namespace",
-        "generateName",
-        "uid",
-        "resourceVersion",
-    ] {
-        if obj::at(object, &["metadata", field])
-            .is_some_and(|value| !value.is_string() && !value.is_null())
-        {
-            return Err(ApiError::bad_request(format!(
-                "metadata.{field}: must be a string"
-            )));
+    for field in ["name", "namespace", "generateName", "uid", "resourceVersion"] {
+        if obj::at(object, &["metadata", field]).is_some_and(|value| !value.is_string() && !value.is_null()) {
+            return Err(ApiError::bad_request(format!("metadata.{field}: must be a string")));
         }
     }
     match namespace.filter(|_| resource.namespaced) {
@@ -500,19 +449,11 @@ fn shape(resource: &Resource, object: &mut Value, options: &mut WriteOptions) ->
     let schema = resource.schema_for_storage();
     let unknown = schema::prune::apply(&schema, object, true);
     schema::default::apply(&schema, object);
-    report_unknown(
-        unknown
-            .iter()
-            .map(|path| format!("unknown field \"{path}\"")),
-        options,
-    )
+    report_unknown(unknown.iter().map(|path| format!("unknown field \"{path}\"")), options)
 }
 
 /// Refuses or warns of fields that are unknown or repeated.
-pub fn report_unknown(
-    texts: impl Iterator<Item = String>,
-    options: &mut WriteOptions,
-) -> ApiResult<()> {
+pub fn report_unknown(texts: impl Iterator<Item = String>, options: &mut WriteOptions) -> ApiResult<()> {
     let texts: Vec<String> = texts.collect();
     match options.validation {
         _ if texts.is_empty() => Ok(()),
@@ -521,10 +462,9 @@ pub fn report_unknown(
             options.warnings.extend(texts);
             Ok(())
         }
-        FieldValidation::Strict => Err(ApiError::bad_request(format!(
-            "strict decoding error: {}",
-            texts.join(", ")
-        ))),
+        FieldValidation::Strict => {
+            Err(ApiError::bad_request(format!("strict decoding error: {}", texts.join(", "))))
+        }
     }
 }
 
@@ -547,19 +487,11 @@ fn validate(resource: &Resource, object: &Value, old: Option<&Value>) -> ApiResu
     if !resource.custom {
         errors.extend(rules::violations(resource, object, old));
     }
-    errors.extend(
-        old.map(|old| deletion_violations(object, old))
-            .unwrap_or_default(),
-    );
+    errors.extend(old.map(|old| deletion_violations(object, old)).unwrap_or_default());
     if errors.is_empty() {
         Ok(())
     } else {
-        Err(ApiError::invalid(
-            &resource.kind,
-            &resource.group,
-            obj::name(object),
-            &errors,
-        ))
+        Err(ApiError::invalid(&resource.kind, &resource.group, obj::name(object), &errors))
     }
 }
 

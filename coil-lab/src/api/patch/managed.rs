@@ -7,13 +7,7 @@ use crate::api::registry::Resource;
 use crate::api::write::WriteOptions;
 
 /// Records a write that is no apply.
-pub fn record_update(
-    _resource: &Resource,
-    _old: Option<&Value>,
-    _new: &mut Value,
-    _options: &WriteOptions,
-) {
-}
+pub fn record_update(_resource: &Resource, _old: Option<&Value>, _new: &mut Value, _options: &WriteOptions) {}
 
 /// Records an apply that created the object.
 pub fn record_apply_on_create(

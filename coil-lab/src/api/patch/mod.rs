@@ -44,10 +44,7 @@ impl Patch {
     ) -> ApiResult<Self> {
         let mut json = |content_type: &str| -> ApiResult<Value> {
             let body = request::parse_body(content_type, bytes)?;
-            let repeated = body
-                .duplicates
-                .iter()
-                .map(|path| format!("duplicate field \"{path}\""));
+            let repeated = body.duplicates.iter().map(|path| format!("duplicate field \"{path}\""));
             write::report_unknown(repeated, options)?;
             Ok(body.value)
         };
@@ -59,11 +56,9 @@ impl Patch {
             "application/strategic-merge-patch+json" if !resource.custom => {
                 Ok(Self::Strategic(object(json("application/json")?)?))
             }
-            "application/strategic-merge-patch+json" => Err(ApiError::unsupported_media_type(&[
-                MEDIA_TYPES[0],
-                MEDIA_TYPES[1],
-                MEDIA_TYPES[3],
-            ])),
+            "application/strategic-merge-patch+json" => {
+                Err(ApiError::unsupported_media_type(&[MEDIA_TYPES[0], MEDIA_TYPES[1], MEDIA_TYPES[3]]))
+            }
             "application/apply-patch+yaml" => {
                 let value = match json("application/json") {
                     Ok(value) => value,
@@ -78,11 +73,7 @@ impl Patch {
 }
 
 fn object(value: Value) -> ApiResult<Value> {
-    if value.is_object() {
-        Ok(value)
-    } else {
-        Err(ApiError::bad_request("the patch is not a JSON object"))
-    }
+    if value.is_object() { Ok(value) } else { Err(ApiError::bad_request("the patch is not a JSON object")) }
 }
 
 /// The object after a patch.

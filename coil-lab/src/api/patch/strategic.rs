@@ -66,12 +66,8 @@ pub fn apply(schema: &Schema, target: &mut Value, patch: &Value) -> Result<(), S
         }
     }
     for (key, order) in patch {
-        if let (Some(field), Some(order)) =
-            (key.strip_prefix("$setElementOrder/"), order.as_array())
-        {
-            let merge_key = schema
-                .field(field)
-                .and_then(|field| field.merge_key.clone());
+        if let (Some(field), Some(order)) = (key.strip_prefix("$setElementOrder/"), order.as_array()) {
+            let merge_key = schema.field(field).and_then(|field| field.merge_key.clone());
             if let Some(list) = target.get_mut(field).and_then(Value::as_array_mut) {
                 reorder(list, order, merge_key.as_deref());
             }
@@ -90,18 +86,10 @@ fn apply_field(
         Value::Null => {
             target.remove(key);
         }
-        Value::Object(patch)
-            if patch
-                .get("$patch")
-                .is_some_and(|directive| directive == "delete") =>
-        {
+        Value::Object(patch) if patch.get("$patch").is_some_and(|directive| directive == "delete") => {
             target.remove(key);
         }
-        Value::Object(_) => apply(
-            schema,
-            target.entry(key.to_owned()).or_insert(Value::Null),
-            value,
-        )?,
+        Value::Object(_) => apply(schema, target.entry(key.to_owned()).or_insert(Value::Null), value)?,
         Value::Array(patch) => {
             let list = target.entry(key.to_owned()).or_insert(Value::Null);
             if !list.is_array() {
@@ -118,21 +106,10 @@ fn apply_field(
     Ok(())
 }
 
-fn apply_list(
-    schema: &Schema,
-    target: &mut Vec<Value>,
-    patch: &[Value],
-) -> Result<(), StrategicError> {
-    let is_replace = |one: &Value| {
-        one.get("$patch")
-            .is_some_and(|directive| directive == "replace")
-    };
+fn apply_list(schema: &Schema, target: &mut Vec<Value>, patch: &[Value]) -> Result<(), StrategicError> {
+    let is_replace = |one: &Value| one.get("$patch").is_some_and(|directive| directive == "replace");
     if patch.iter().any(is_replace) {
-        *target = patch
-            .iter()
-            .filter(|one| !is_replace(one))
-            .cloned()
-            .collect();
+        *target = patch.iter().filter(|one| !is_replace(one)).cloned().collect();
         return Ok(());
     }
     if schema.merge_scalars {
@@ -150,15 +127,9 @@ fn apply_list(
     let items = schema.items.as_deref().unwrap_or(&ANYTHING);
     for one in patch {
         let Some(id) = one.get(key) else {
-            return Err(StrategicError::NoKey {
-                key: key.clone(),
-                element: one.to_string(),
-            });
+            return Err(StrategicError::NoKey { key: key.clone(), element: one.to_string() });
         };
-        if one
-            .get("$patch")
-            .is_some_and(|directive| directive == "delete")
-        {
+        if one.get("$patch").is_some_and(|directive| directive == "delete") {
             target.retain(|old| old.get(key) != Some(id));
         } else if let Some(old) = target.iter_mut().find(|old| old.get(key) == Some(id)) {
             apply(items, old, one)?;
@@ -200,12 +171,7 @@ mod tests {
     use serde_json::json;
 
     fn patched(mut target: Value, patch: Value) -> Value {
-        apply(
-            &builtin::schema("io.k8s.api.apps.v1.Deployment"),
-            &mut target,
-            &patch,
-        )
-        .unwrap();
+        apply(&builtin::schema("io.k8s.api.apps.v1.Deployment"), &mut target, &patch).unwrap();
         target
     }
 
@@ -218,8 +184,7 @@ mod tests {
         let old = deployment(
             json!([{"name": "a", "image": "1", "env": [{"name": "X", "value": "1"}]}, {"name": "b"}]),
         );
-        let patch =
-            deployment(json!([{"name": "a", "image": "2", "env": [{"name": "Y", "value": "2"}]}]));
+        let patch = deployment(json!([{"name": "a", "image": "2", "env": [{"name": "Y", "value": "2"}]}]));
         let new = patched(old, patch);
         assert_eq!(
             new,
@@ -233,15 +198,9 @@ mod tests {
     #[test]
     fn directives() {
         let old = deployment(json!([{"name": "a"}, {"name": "b"}]));
-        let deleted = patched(
-            old.clone(),
-            deployment(json!([{"name": "a", "$patch": "delete"}])),
-        );
+        let deleted = patched(old.clone(), deployment(json!([{"name": "a", "$patch": "delete"}])));
         assert_eq!(deleted, deployment(json!([{"name": "b"}])));
-        let replaced = patched(
-            old.clone(),
-            deployment(json!([{"$patch": "replace"}, {"name": "c"}])),
-        );
+        let replaced = patched(old.clone(), deployment(json!([{"$patch": "replace"}, {"name": "c"}])));
         assert_eq!(replaced, deployment(json!([{"name": "c"}])));
         let ordered = patched(
             old,
@@ -250,10 +209,7 @@ mod tests {
                 "containers": [{"name": "c"}],
             }}}}),
         );
-        assert_eq!(
-            ordered,
-            deployment(json!([{"name": "c"}, {"name": "b"}, {"name": "a"}]))
-        );
+        assert_eq!(ordered, deployment(json!([{"name": "c"}, {"name": "b"}, {"name": "a"}])));
         let kept = patched(
             json!({"spec": {"strategy": {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": 1}}}}),
             json!({"spec": {"strategy": {"$retainKeys": ["type"], "type": "Recreate", "rollingUpdate": null}}}),
@@ -268,27 +224,18 @@ mod tests {
             json!({"metadata": {"finalizers": ["b/b"]}, "spec": {"template": {"spec": {"tolerations": [{"key": "y"}]}}}}),
         );
         assert_eq!(new["metadata"]["finalizers"], json!(["a/a", "b/b"]));
-        assert_eq!(
-            new["spec"]["template"]["spec"]["tolerations"],
-            json!([{"key": "y"}])
-        );
+        assert_eq!(new["spec"]["template"]["spec"]["tolerations"], json!([{"key": "y"}]));
         let new = patched(
             json!({"metadata": {"finalizers": ["a/a", "b/b"]}}),
             json!({"metadata": {"$deleteFromPrimitiveList/finalizers": ["a/a"], "labels": {"x": "1"}}}),
         );
-        assert_eq!(
-            new,
-            json!({"metadata": {"finalizers": ["b/b"], "labels": {"x": "1"}}})
-        );
+        assert_eq!(new, json!({"metadata": {"finalizers": ["b/b"], "labels": {"x": "1"}}}));
     }
 
     #[test]
     fn a_merged_element_needs_its_key() {
         let schema = builtin::schema("io.k8s.api.apps.v1.Deployment");
         let patch = deployment(json!([{"image": "x"}]));
-        assert!(matches!(
-            apply(&schema, &mut json!({}), &patch),
-            Err(StrategicError::NoKey { .. })
-        ));
+        assert!(matches!(apply(&schema, &mut json!({}), &patch), Err(StrategicError::NoKey { .. })));
     }
 }

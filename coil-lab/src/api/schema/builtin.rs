@@ -16,18 +16,12 @@ pub static DEFINITIONS: LazyLock<Map<String, Value>> = LazyLock::new(generate);
 
 static SCHEMAS: LazyLock<HashMap<String, Arc<Schema>>> = LazyLock::new(|| {
     let mut definitions = Definitions::new(&DEFINITIONS);
-    DEFINITIONS
-        .keys()
-        .map(|name| (name.clone(), definitions.resolve(name)))
-        .collect()
+    DEFINITIONS.keys().map(|name| (name.clone(), definitions.resolve(name))).collect()
 });
 
 /// The schema of a definition such as `io.k8s.api.core.v1.Pod`; anything when unknown.
 pub fn schema(definition: &str) -> Arc<Schema> {
-    SCHEMAS
-        .get(definition)
-        .cloned()
-        .unwrap_or_else(|| Arc::new(Schema::anything()))
+    SCHEMAS.get(definition).cloned().unwrap_or_else(|| Arc::new(Schema::anything()))
 }
 
 fn generate() -> Map<String, Value> {
@@ -95,11 +89,7 @@ const LISTS: &[(&str, &str, &[&str])] = &[
     ("PodSpec", "volumes", &["name"]),
     ("PodSpec", "imagePullSecrets", &["name"]),
     ("PodSpec", "hostAliases", &["ip"]),
-    (
-        "PodSpec",
-        "topologySpreadConstraints",
-        &["topologyKey", "whenUnsatisfiable"],
-    ),
+    ("PodSpec", "topologySpreadConstraints", &["topologyKey", "whenUnsatisfiable"]),
     ("PodSpec", "resourceClaims", &["name"]),
     ("PodStatus", "conditions", &["type"]),
     ("PodStatus", "podIPs", &["ip"]),
@@ -132,26 +122,20 @@ const LISTS: &[(&str, &str, &[&str])] = &[
 ];
 
 /// Lists of scalars that merge as sets.
-const SETS: &[(&str, &str)] = &[
-    (OWNER, "finalizers"),
-    ("NodeSpec", "podCIDRs"),
-    ("LoadBalancerStatus", "ingress"),
-];
+const SETS: &[(&str, &str)] =
+    &[(OWNER, "finalizers"), ("NodeSpec", "podCIDRs"), ("LoadBalancerStatus", "ingress")];
 
 /// The keys by which elements of a list of a built-in definition merge, if they do.
 pub fn list_keys(definition: &str, field: &str) -> Option<&'static [&'static str]> {
     LISTS
         .iter()
-        .find(|(owner, name, keys)| {
-            *name == field && !keys.is_empty() && is_named(definition, owner)
-        })
+        .find(|(owner, name, keys)| *name == field && !keys.is_empty() && is_named(definition, owner))
         .map(|(_, _, keys)| *keys)
 }
 
 /// Whether a list of a built-in definition is a set of scalars.
 pub fn is_set(definition: &str, field: &str) -> bool {
-    SETS.iter()
-        .any(|(owner, name)| *name == field && is_named(definition, owner))
+    SETS.iter().any(|(owner, name)| *name == field && is_named(definition, owner))
 }
 
 fn is_named(definition: &str, owner: &str) -> bool {

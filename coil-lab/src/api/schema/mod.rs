@@ -145,11 +145,7 @@ pub struct Definitions<'a> {
 impl<'a> Definitions<'a> {
     /// Over a map of raw schemas.
     pub fn new(raw: &'a Map<String, Value>) -> Self {
-        Self {
-            raw: Some(raw),
-            parsed: HashMap::new(),
-            open: Vec::new(),
-        }
+        Self { raw: Some(raw), parsed: HashMap::new(), open: Vec::new() }
     }
 
     /// The schema of a definition. Recursion ends in "anything".
@@ -172,11 +168,7 @@ impl<'a> Definitions<'a> {
 impl Schema {
     /// A schema that everything satisfies and nothing is pruned by.
     pub fn anything() -> Self {
-        Self {
-            preserve_unknown: true,
-            nullable: true,
-            ..Self::default()
-        }
+        Self { preserve_unknown: true, nullable: true, ..Self::default() }
     }
 
     /// Parses the `openAPIV3Schema` of a custom resource definition.
@@ -279,10 +271,7 @@ impl Schema {
             ),
             _ => ListKind::Atomic,
         };
-        self.rules = obj::items(raw, &["x-kubernetes-validations"])
-            .iter()
-            .map(Rule::parse)
-            .collect();
+        self.rules = obj::items(raw, &["x-kubernetes-validations"]).iter().map(Rule::parse).collect();
     }
 
     fn read_children(&mut self, raw: &Value, owner: &str, definitions: &mut Definitions<'_>) {

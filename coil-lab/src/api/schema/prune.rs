@@ -14,22 +14,12 @@ pub fn apply(schema: &Schema, value: &mut Value, is_root: bool) -> Vec<String> {
     unknown
 }
 
-fn walk(
-    schema: &Schema,
-    value: &mut Value,
-    is_object: bool,
-    path: &str,
-    unknown: &mut Vec<String>,
-) {
+fn walk(schema: &Schema, value: &mut Value, is_object: bool, path: &str, unknown: &mut Vec<String>) {
     match value {
         Value::Object(map) => {
             let open = schema.keeps_unknown();
             map.retain(|name, field| {
-                let here = if path.is_empty() {
-                    name.clone()
-                } else {
-                    format!("{path}.{name}")
-                };
+                let here = if path.is_empty() { name.clone() } else { format!("{path}.{name}") };
                 if let Some(child) = schema.properties.get(name) {
                     if field.is_null() && !child.nullable && child.default.is_none() {
                         return false;
@@ -53,13 +43,7 @@ fn walk(
         Value::Array(list) => {
             if let Some(items) = &schema.items {
                 for (index, one) in list.iter_mut().enumerate() {
-                    walk(
-                        items,
-                        one,
-                        items.embedded,
-                        &format!("{path}[{index}]"),
-                        unknown,
-                    );
+                    walk(items, one, items.embedded, &format!("{path}[{index}]"), unknown);
                 }
             }
         }

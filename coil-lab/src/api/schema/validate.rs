@@ -17,19 +17,11 @@ pub fn check(schema: &Schema, value: &Value, old: Option<&Value>) -> Vec<FieldEr
 }
 
 fn join(path: &str, name: &str) -> String {
-    if path.is_empty() {
-        name.to_owned()
-    } else {
-        format!("{path}.{name}")
-    }
+    if path.is_empty() { name.to_owned() } else { format!("{path}.{name}") }
 }
 
 fn in_body(path: &str) -> String {
-    if path.is_empty() {
-        "<nil> in body".to_owned()
-    } else {
-        format!("{path} in body")
-    }
+    if path.is_empty() { "<nil> in body".to_owned() } else { format!("{path} in body") }
 }
 
 fn type_of(value: &Value) -> &'static str {
@@ -56,9 +48,7 @@ fn has_type(schema: &Schema, value: &Value) -> bool {
         | ("array", Value::Array(_))
         | ("number", Value::Number(_)) => true,
         ("integer", Value::Number(number)) => {
-            number.is_i64()
-                || number.is_u64()
-                || number.as_f64().is_some_and(|float| float.fract() == 0.0)
+            number.is_i64() || number.is_u64() || number.as_f64().is_some_and(|float| float.fract() == 0.0)
         }
         _ => false,
     }
@@ -69,22 +59,12 @@ fn check_values(schema: &Schema, value: &Value, path: &str, errors: &mut Vec<Fie
         return;
     }
     if !has_type(schema, value) {
-        let kind = if schema.int_or_string {
-            "integer or string"
-        } else {
-            &schema.kind
-        };
+        let kind = if schema.int_or_string { "integer or string" } else { &schema.kind };
         let shown = match value {
-            Value::Object(_) | Value::Array(_) | Value::Null => {
-                Value::String(type_of(value).to_owned())
-            }
+            Value::Object(_) | Value::Array(_) | Value::Null => Value::String(type_of(value).to_owned()),
             scalar => scalar.clone(),
         };
-        let detail = format!(
-            "{} must be of type {kind}: \"{}\"",
-            in_body(path),
-            type_of(value)
-        );
+        let detail = format!("{} must be of type {kind}: \"{}\"", in_body(path), type_of(value));
         errors.push(FieldError {
             reason: "FieldValueTypeInvalid",
             ..FieldError::invalid(path, &shown, detail)
@@ -106,11 +86,7 @@ fn check_constraints(schema: &Schema, value: &Value, path: &str, errors: &mut Ve
         errors.push(FieldError::not_supported(path, value, &allowed));
     }
     let mut invalid = |value: &Value, detail: String| {
-        errors.push(FieldError::invalid(
-            path,
-            value,
-            format!("{} {detail}", in_body(path)),
-        ));
+        errors.push(FieldError::invalid(path, value, format!("{} {detail}", in_body(path))));
     };
     let bounds = &schema.bounds;
     match value {
@@ -146,10 +122,7 @@ fn check_constraints(schema: &Schema, value: &Value, path: &str, errors: &mut Ve
                 invalid(&count.into(), format!("should have at least {limit} items"));
             }
             if bounds.unique_items && has_duplicate(list) {
-                invalid(
-                    &Value::from("array"),
-                    "shouldn't contain duplicates".to_owned(),
-                );
+                invalid(&Value::from("array"), "shouldn't contain duplicates".to_owned());
             }
             if let Some(limit) = bounds.max_items.filter(|&limit| count > limit) {
                 errors.push(FieldError {
@@ -163,10 +136,7 @@ fn check_constraints(schema: &Schema, value: &Value, path: &str, errors: &mut Ve
         Value::Object(map) => {
             let count = map.len() as u64;
             if let Some(limit) = bounds.min_properties.filter(|&limit| count < limit) {
-                invalid(
-                    &count.into(),
-                    format!("should have at least {limit} properties"),
-                );
+                invalid(&count.into(), format!("should have at least {limit} properties"));
             }
             if let Some(limit) = bounds.max_properties.filter(|&limit| count > limit) {
                 errors.push(FieldError {
@@ -186,9 +156,7 @@ fn number_violations(bounds: &Bounds, format: &str, number: &serde_json::Number)
         return found;
     };
     match bounds.minimum {
-        Some((limit, true)) if float <= limit => {
-            found.push(format!("should be greater than {limit}"))
-        }
+        Some((limit, true)) if float <= limit => found.push(format!("should be greater than {limit}")),
         Some((limit, false)) if float < limit => {
             found.push(format!("should be greater than or equal to {limit}"));
         }
@@ -207,11 +175,7 @@ fn number_violations(bounds: &Bounds, format: &str, number: &serde_json::Number)
     {
         found.push(format!("should be a multiple of {step}"));
     }
-    if format == "int32"
-        && number
-            .as_i64()
-            .is_none_or(|whole| i32::try_from(whole).is_err())
-    {
+    if format == "int32" && number.as_i64().is_none_or(|whole| i32::try_from(whole).is_err()) {
         found.push(format!("must be of type int32: \"{number}\""));
     }
     found
@@ -231,9 +195,7 @@ fn format_holds(format: &str, text: &str) -> bool {
 }
 
 fn has_duplicate(list: &[Value]) -> bool {
-    list.iter()
-        .enumerate()
-        .any(|(index, one)| list[..index].contains(one))
+    list.iter().enumerate().any(|(index, one)| list[..index].contains(one))
 }
 
 fn check_list_keys(schema: &Schema, list: &[Value], path: &str, errors: &mut Vec<FieldError>) {
@@ -244,14 +206,8 @@ fn check_list_keys(schema: &Schema, list: &[Value], path: &str, errors: &mut Vec
             ListKind::Set => one.clone(),
             ListKind::Map(keys) => {
                 let part = |key: &String| {
-                    let default = schema
-                        .items
-                        .as_ref()
-                        .and_then(|items| items.field(key)?.default.clone());
-                    (
-                        key.clone(),
-                        one.get(key).cloned().or(default).unwrap_or_default(),
-                    )
+                    let default = schema.items.as_ref().and_then(|items| items.field(key)?.default.clone());
+                    (key.clone(), one.get(key).cloned().or(default).unwrap_or_default())
                 };
                 Value::Object(keys.iter().map(part).collect())
             }
@@ -305,34 +261,21 @@ fn check_combined(schema: &Schema, value: &Value, path: &str, errors: &mut Vec<F
         check_values(one, value, path, errors);
     }
     // `x-kubernetes-int-or-string` schemas carry an anyOf of the two types, which has_type has checked.
-    if !schema.any_of.is_empty()
-        && !schema.int_or_string
-        && !schema.any_of.iter().any(|one| holds(one))
-    {
+    if !schema.any_of.is_empty() && !schema.int_or_string && !schema.any_of.iter().any(|one| holds(one)) {
         errors.push(FieldError::invalid(
             path,
             &Value::from(type_of(value)),
-            format!(
-                "{} must validate at least one schema (anyOf)",
-                in_body(path)
-            ),
+            format!("{} must validate at least one schema (anyOf)", in_body(path)),
         ));
     }
     if !schema.one_of.is_empty() {
         let count = schema.one_of.iter().filter(|one| holds(one)).count();
         if count != 1 {
-            let found = if count == 0 {
-                "Found none valid"
-            } else {
-                "Found more than one valid"
-            };
+            let found = if count == 0 { "Found none valid" } else { "Found more than one valid" };
             errors.push(FieldError::invalid(
                 path,
                 &Value::from(type_of(value)),
-                format!(
-                    "{} must validate one and only one schema (oneOf). {found}",
-                    in_body(path)
-                ),
+                format!("{} must validate one and only one schema (oneOf). {found}", in_body(path)),
             ));
         }
     }
@@ -360,13 +303,7 @@ fn check_rules(
         Value::Object(map) => {
             for (name, field) in map {
                 if let Some(child) = schema.field(name) {
-                    check_rules(
-                        child,
-                        field,
-                        old.and_then(|old| old.get(name)),
-                        &join(path, name),
-                        errors,
-                    );
+                    check_rules(child, field, old.and_then(|old| old.get(name)), &join(path, name), errors);
                 }
             }
         }
@@ -387,7 +324,5 @@ fn matching_element<'a>(schema: &Schema, old: &'a Value, element: &Value) -> Opt
     let ListKind::Map(keys) = &schema.list else {
         return None;
     };
-    old.as_array()?
-        .iter()
-        .find(|one| keys.iter().all(|key| one.get(key) == element.get(key)))
+    old.as_array()?.iter().find(|one| keys.iter().all(|key| one.get(key) == element.get(key)))
 }

@@ -49,27 +49,12 @@ pub fn columns(kind: &str) -> &'static [(&'static str, i64)] {
             ("Selector", 1),
         ],
         "StatefulSet" => &[("Ready", 0), ("Age", 0), ("Containers", 1), ("Images", 1)],
-        "Job" => &[
-            ("Status", 0),
-            ("Completions", 0),
-            ("Duration", 0),
-            ("Age", 0),
-        ],
-        "Service" => &[
-            ("Type", 0),
-            ("Cluster-IP", 0),
-            ("External-IP", 0),
-            ("Port(s)", 0),
-            ("Age", 0),
-            ("Selector", 1),
-        ],
+        "Job" => &[("Status", 0), ("Completions", 0), ("Duration", 0), ("Age", 0)],
+        "Service" => {
+            &[("Type", 0), ("Cluster-IP", 0), ("External-IP", 0), ("Port(s)", 0), ("Age", 0), ("Selector", 1)]
+        }
         "Endpoints" => &[("Endpoints", 0), ("Age", 0)],
-        "EndpointSlice" => &[
-            ("AddressType", 0),
-            ("Ports", 0),
-            ("Endpoints", 0),
-            ("Age", 0),
-        ],
+        "EndpointSlice" => &[("AddressType", 0), ("Ports", 0), ("Endpoints", 0), ("Age", 0)],
         "Node" => &[
             ("Status", 0),
             ("Roles", 0),
@@ -97,18 +82,13 @@ pub fn columns(kind: &str) -> &'static [(&'static str, i64)] {
             ("Count", 1),
             ("Name", 1),
         ],
-        "PodDisruptionBudget" => &[
-            ("Min Available", 0),
-            ("Max Unavailable", 0),
-            ("Allowed Disruptions", 0),
-            ("Age", 0),
-        ],
+        "PodDisruptionBudget" => {
+            &[("Min Available", 0), ("Max Unavailable", 0), ("Allowed Disruptions", 0), ("Age", 0)]
+        }
         "Lease" => &[("Holder", 0), ("Age", 0)],
         "Role" | "ClusterRole" | "CustomResourceDefinition" => &[("Created At", 0)],
         "RoleBinding" | "ClusterRoleBinding" => &[("Role", 0), ("Age", 0)],
-        "MutatingWebhookConfiguration" | "ValidatingWebhookConfiguration" => {
-            &[("Webhooks", 0), ("Age", 0)]
-        }
+        "MutatingWebhookConfiguration" | "ValidatingWebhookConfiguration" => &[("Webhooks", 0), ("Age", 0)],
         "NetworkPolicy" => &[("Pod-Selector", 0), ("Age", 0)],
         _ => &[("Age", 0)],
     }
@@ -121,11 +101,7 @@ pub fn cells(kind: &str, object: &Value) -> Vec<Value> {
     match kind {
         "Pod" => pod(object, old),
         "Deployment" => {
-            let ready = format!(
-                "{}/{}",
-                count(&["status", "readyReplicas"]),
-                count(&["spec", "replicas"])
-            );
+            let ready = format!("{}/{}", count(&["status", "readyReplicas"]), count(&["spec", "replicas"]));
             let mut cells = vec![
                 json!(ready),
                 count(&["status", "updatedReplicas"]),
@@ -156,30 +132,19 @@ pub fn cells(kind: &str, object: &Value) -> Vec<Value> {
             .iter()
             .map(|field| count(&["status", field]))
             .collect();
-            cells.push(json!(map_text(
-                object,
-                &["spec", "template", "spec", "nodeSelector"]
-            )));
+            cells.push(json!(map_text(object, &["spec", "template", "spec", "nodeSelector"])));
             cells.push(json!(old));
             cells.extend(template(object, true));
             cells
         }
         "StatefulSet" => {
-            let ready = format!(
-                "{}/{}",
-                count(&["status", "readyReplicas"]),
-                count(&["spec", "replicas"])
-            );
+            let ready = format!("{}/{}", count(&["status", "readyReplicas"]), count(&["spec", "replicas"]));
             let mut cells = vec![json!(ready), json!(old)];
             cells.extend(template(object, false));
             cells
         }
         "Job" => {
-            let done = format!(
-                "{}/{}",
-                count(&["status", "succeeded"]),
-                count(&["spec", "completions"])
-            );
+            let done = format!("{}/{}", count(&["status", "succeeded"]), count(&["spec", "completions"]));
             vec![json!("Running"), json!(done), json!(""), json!(old)]
         }
         "Service" => service(object, old),
@@ -215,30 +180,20 @@ pub fn cells(kind: &str, object: &Value) -> Vec<Value> {
             vec![json!(text(object, &["metadata", "creationTimestamp"]))]
         }
         "RoleBinding" | "ClusterRoleBinding" => {
-            let role = format!(
-                "{}/{}",
-                text(object, &["roleRef", "kind"]),
-                text(object, &["roleRef", "name"])
-            );
+            let role =
+                format!("{}/{}", text(object, &["roleRef", "kind"]), text(object, &["roleRef", "name"]));
             vec![json!(role), json!(old)]
         }
         "MutatingWebhookConfiguration" | "ValidatingWebhookConfiguration" => {
             vec![json!(items(object, &["webhooks"]).len()), json!(old)]
         }
-        "NetworkPolicy" => vec![
-            json!(selector_text(object, &["spec", "podSelector"])),
-            json!(old),
-        ],
+        "NetworkPolicy" => vec![json!(selector_text(object, &["spec", "podSelector"])), json!(old)],
         _ => vec![json!(old)],
     }
 }
 
 fn or_none(text: &str) -> String {
-    if text.is_empty() {
-        "<none>".to_owned()
-    } else {
-        text.to_owned()
-    }
+    if text.is_empty() { "<none>".to_owned() } else { text.to_owned() }
 }
 
 fn map_text(object: &Value, path: &[&str]) -> String {
@@ -259,13 +214,7 @@ fn selector_text(object: &Value, path: &[&str]) -> String {
 
 fn template(object: &Value, with_selector: bool) -> Vec<Value> {
     let containers = items(object, &["spec", "template", "spec", "containers"]);
-    let joined = |field: &str| {
-        containers
-            .iter()
-            .map(|one| text(one, &[field]))
-            .collect::<Vec<_>>()
-            .join(",")
-    };
+    let joined = |field: &str| containers.iter().map(|one| text(one, &[field])).collect::<Vec<_>>().join(",");
     let mut cells = vec![json!(joined("name")), json!(joined("image"))];
     if with_selector {
         cells.push(json!(selector_text(object, &["spec", "selector"])));
@@ -276,14 +225,8 @@ fn template(object: &Value, with_selector: bool) -> Vec<Value> {
 fn pod(object: &Value, old: String) -> Vec<Value> {
     let statuses = items(object, &["status", "containerStatuses"]);
     let total = items(object, &["spec", "containers"]).len();
-    let ready = statuses
-        .iter()
-        .filter(|one| obj::flag(one, &["ready"]))
-        .count();
-    let restarts: i64 = statuses
-        .iter()
-        .filter_map(|one| obj::int(one, &["restartCount"]))
-        .sum();
+    let ready = statuses.iter().filter(|one| obj::flag(one, &["ready"])).count();
+    let restarts: i64 = statuses.iter().filter_map(|one| obj::int(one, &["restartCount"])).sum();
     let last_restart = statuses
         .iter()
         .map(|one| text(one, &["lastState", "terminated", "finishedAt"]))
@@ -295,15 +238,9 @@ fn pod(object: &Value, old: String) -> Vec<Value> {
         restarts.to_string()
     };
     let gates = items(object, &["spec", "readinessGates"]);
-    let open = gates
-        .iter()
-        .filter(|gate| obj::condition_is_true(object, text(gate, &["conditionType"])))
-        .count();
-    let gates = if gates.is_empty() {
-        "<none>".to_owned()
-    } else {
-        format!("{open}/{}", gates.len())
-    };
+    let open =
+        gates.iter().filter(|gate| obj::condition_is_true(object, text(gate, &["conditionType"]))).count();
+    let gates = if gates.is_empty() { "<none>".to_owned() } else { format!("{open}/{}", gates.len()) };
     vec![
         json!(format!("{ready}/{total}")),
         json!(pod_status(object)),
@@ -333,10 +270,7 @@ fn pod_status(object: &Value) -> String {
             reason = match text(terminated, &["reason"]) {
                 "" => match obj::int(terminated, &["signal"]).filter(|&signal| signal != 0) {
                     Some(signal) => format!("Signal:{signal}"),
-                    None => format!(
-                        "ExitCode:{}",
-                        obj::int(terminated, &["exitCode"]).unwrap_or(0)
-                    ),
+                    None => format!("ExitCode:{}", obj::int(terminated, &["exitCode"]).unwrap_or(0)),
                 },
                 known => known.to_owned(),
             };
@@ -346,11 +280,7 @@ fn pod_status(object: &Value) -> String {
     }
     if reason == "Completed" && is_running {
         let is_ready = obj::condition_is_true(object, "Ready");
-        reason = if is_ready {
-            "Running".to_owned()
-        } else {
-            "NotReady".to_owned()
-        };
+        reason = if is_ready { "Running".to_owned() } else { "NotReady".to_owned() };
     }
     if obj::is_deleting(object) {
         if text(object, &["status", "reason"]) == "NodeLost" {
@@ -368,16 +298,12 @@ fn service(object: &Value, old: String) -> Vec<Value> {
         .map(|port| {
             let number = obj::int(port, &["port"]).unwrap_or(0);
             let node_port = obj::int(port, &["nodePort"]).filter(|&number| number != 0);
-            let node_port = node_port
-                .map(|number| format!(":{number}"))
-                .unwrap_or_default();
+            let node_port = node_port.map(|number| format!(":{number}")).unwrap_or_default();
             format!("{number}{node_port}/{}", text(port, &["protocol"]))
         })
         .collect();
-    let external: Vec<&str> = items(object, &["spec", "externalIPs"])
-        .iter()
-        .filter_map(Value::as_str)
-        .collect();
+    let external: Vec<&str> =
+        items(object, &["spec", "externalIPs"]).iter().filter_map(Value::as_str).collect();
     let external = match kind {
         "ExternalName" => text(object, &["spec", "externalName"]).to_owned(),
         "LoadBalancer" if external.is_empty() => "<pending>".to_owned(),
@@ -398,11 +324,7 @@ fn shorten(mut list: Vec<String>) -> String {
     let more = list.len().saturating_sub(SHOWN);
     list.truncate(SHOWN);
     let text = or_none(&list.join(","));
-    if more > 0 {
-        format!("{text} + {more} more...")
-    } else {
-        text
-    }
+    if more > 0 { format!("{text} + {more} more...") } else { text }
 }
 
 fn endpoints(object: &Value) -> String {
@@ -419,19 +341,15 @@ fn endpoints(object: &Value) -> String {
 }
 
 fn endpoint_slice(object: &Value, old: String) -> Vec<Value> {
-    let ports = items(object, &["ports"]).iter().map(|port| {
-        obj::int(port, &["port"]).map_or_else(|| "*".to_owned(), |number| number.to_string())
-    });
+    let ports = items(object, &["ports"])
+        .iter()
+        .map(|port| obj::int(port, &["port"]).map_or_else(|| "*".to_owned(), |number| number.to_string()));
     let addresses = items(object, &["endpoints"])
         .iter()
         .flat_map(|one| items(one, &["addresses"]))
         .filter_map(|one| one.as_str().map(str::to_owned));
     let unset = |text: String| {
-        if text == "<none>" {
-            "<unset>".to_owned()
-        } else {
-            text
-        }
+        if text == "<none>" { "<unset>".to_owned() } else { text }
     };
     vec![
         json!(text(object, &["addressType"])),
@@ -458,18 +376,12 @@ fn node(object: &Value, old: String) -> Vec<Value> {
         .collect();
     roles.sort_unstable();
     let address = |kind: &str| {
-        let found = items(object, &["status", "addresses"])
-            .iter()
-            .find(|one| text(one, &["type"]) == kind);
+        let found = items(object, &["status", "addresses"]).iter().find(|one| text(one, &["type"]) == kind);
         or_none(found.map(|one| text(one, &["address"])).unwrap_or_default())
     };
     let info = |field: &str| {
         let value = text(object, &["status", "nodeInfo", field]);
-        if value.is_empty() {
-            "<unknown>".to_owned()
-        } else {
-            value.to_owned()
-        }
+        if value.is_empty() { "<unknown>".to_owned() } else { value.to_owned() }
     };
     vec![
         json!(status),
@@ -493,36 +405,21 @@ fn event(object: &Value) -> Vec<Value> {
             .unwrap_or_default()
             .to_owned()
     };
-    let first = first_of(&[
-        &["firstTimestamp"],
-        &["eventTime"],
-        &["metadata", "creationTimestamp"],
-    ]);
+    let first = first_of(&[&["firstTimestamp"], &["eventTime"], &["metadata", "creationTimestamp"]]);
     let last = first_of(&[
         &["series", "lastObservedTime"],
         &["lastTimestamp"],
         &["eventTime"],
         &["metadata", "creationTimestamp"],
     ]);
-    let count = obj::int(object, &["series", "count"])
-        .or_else(|| obj::int(object, &["count"]))
-        .unwrap_or(1);
+    let count = obj::int(object, &["series", "count"]).or_else(|| obj::int(object, &["count"])).unwrap_or(1);
     let target = match text(object, &["involvedObject", "name"]) {
         "" => text(object, &["involvedObject", "kind"]).to_lowercase(),
-        name => format!(
-            "{}/{name}",
-            text(object, &["involvedObject", "kind"]).to_lowercase()
-        ),
+        name => format!("{}/{name}", text(object, &["involvedObject", "kind"]).to_lowercase()),
     };
-    let source = [
-        first_of(&[&["source", "component"], &["reportingComponent"]]),
-        first_of(&[&["source", "host"]]),
-    ];
-    let source: Vec<&str> = source
-        .iter()
-        .map(String::as_str)
-        .filter(|text| !text.is_empty())
-        .collect();
+    let source =
+        [first_of(&[&["source", "component"], &["reportingComponent"]]), first_of(&[&["source", "host"]])];
+    let source: Vec<&str> = source.iter().map(String::as_str).filter(|text| !text.is_empty()).collect();
     vec![
         json!(age(&last)),
         json!(text(object, &["type"])),

@@ -12,11 +12,7 @@ enum Step {
     Field(String),
     Index(i64),
     All,
-    Filter {
-        path: Vec<Step>,
-        equal: bool,
-        value: Value,
-    },
+    Filter { path: Vec<Step>, equal: bool, value: Value },
     Has(Vec<Step>),
 }
 
@@ -28,11 +24,8 @@ pub struct PathError(String);
 impl JsonPath {
     /// Parses `.spec.x`, `.status.conditions[?(@.type=="Ready")].status`, `.metadata.labels.a\.b/c` and the like.
     pub fn parse(text: &str) -> Result<Self, PathError> {
-        let inner = text
-            .trim()
-            .strip_prefix('{')
-            .and_then(|text| text.strip_suffix('}'))
-            .unwrap_or(text.trim());
+        let inner =
+            text.trim().strip_prefix('{').and_then(|text| text.strip_suffix('}')).unwrap_or(text.trim());
         let inner = inner.strip_prefix('$').unwrap_or(inner);
         Ok(Self(steps(inner)?))
     }
@@ -84,11 +77,7 @@ fn steps(text: &str) -> Result<Vec<Step>, PathError> {
         if name.is_empty() {
             return Err(error());
         }
-        steps.push(if name == "*" {
-            Step::All
-        } else {
-            Step::Field(name)
-        });
+        steps.push(if name == "*" { Step::All } else { Step::Field(name) });
         rest = &tail[end..];
     }
     Ok(steps)
@@ -155,9 +144,7 @@ fn bracket(text: &str) -> Option<Step> {
 }
 
 fn unquote(text: &str) -> Option<&str> {
-    ['\'', '"']
-        .iter()
-        .find_map(|&quote| text.strip_prefix(quote)?.strip_suffix(quote))
+    ['\'', '"'].iter().find_map(|&quote| text.strip_prefix(quote)?.strip_suffix(quote))
 }
 
 fn walk<'a>(steps: &[Step], value: &'a Value) -> Vec<&'a Value> {
@@ -168,37 +155,21 @@ fn walk<'a>(steps: &[Step], value: &'a Value) -> Vec<&'a Value> {
         (Step::Field(name), _) => value.get(name).into_iter().collect(),
         (Step::Index(index), Value::Array(list)) => {
             let index = if *index < 0 {
-                list.len()
-                    .checked_sub(usize::try_from(index.unsigned_abs()).unwrap_or(usize::MAX))
+                list.len().checked_sub(usize::try_from(index.unsigned_abs()).unwrap_or(usize::MAX))
             } else {
                 usize::try_from(*index).ok()
             };
-            index
-                .and_then(|index| list.get(index))
-                .into_iter()
-                .collect()
+            index.and_then(|index| list.get(index)).into_iter().collect()
         }
         (Step::All, Value::Array(list)) => list.iter().collect(),
         (Step::All, Value::Object(map)) => map.values().collect(),
-        (
-            Step::Filter {
-                path,
-                equal,
-                value: wanted,
-            },
-            Value::Array(list),
-        ) => list
+        (Step::Filter { path, equal, value: wanted }, Value::Array(list)) => list
             .iter()
-            .filter(|one| {
-                walk(path, one)
-                    .first()
-                    .is_some_and(|found| (*found == wanted) == *equal)
-            })
+            .filter(|one| walk(path, one).first().is_some_and(|found| (*found == wanted) == *equal))
             .collect(),
-        (Step::Has(path), Value::Array(list)) => list
-            .iter()
-            .filter(|one| !walk(path, one).is_empty())
-            .collect(),
+        (Step::Has(path), Value::Array(list)) => {
+            list.iter().filter(|one| !walk(path, one).is_empty()).collect()
+        }
         _ => Vec::new(),
     };
     next.into_iter().flat_map(|one| walk(rest, one)).collect()
@@ -223,24 +194,14 @@ mod tests {
             ("spec.x", vec![json!(3)]),
             (r".metadata.labels.a\.b/c", vec![json!("v")]),
             (".metadata.labels['a.b/c']", vec![json!("v")]),
-            (
-                r#".status.conditions[?(@.type=="Ready")].status"#,
-                vec![json!("True")],
-            ),
-            (
-                r#".status.conditions[?(@.type!='Ready')].status"#,
-                vec![json!("False")],
-            ),
+            (r#".status.conditions[?(@.type=="Ready")].status"#, vec![json!("True")]),
+            (r#".status.conditions[?(@.type!='Ready')].status"#, vec![json!("False")]),
             (".spec.list[*]", vec![json!(1), json!(2)]),
             (".spec.list[-1]", vec![json!(2)]),
             (".spec.none", vec![]),
         ] {
-            let found: Vec<Value> = JsonPath::parse(path)
-                .unwrap()
-                .find(&object)
-                .into_iter()
-                .cloned()
-                .collect();
+            let found: Vec<Value> =
+                JsonPath::parse(path).unwrap().find(&object).into_iter().cloned().collect();
             assert_eq!(found, expected, "{path}");
         }
         assert!(JsonPath::parse(".a[").is_err());
@@ -250,11 +211,7 @@ mod tests {
     #[test]
     fn sets() {
         let mut object = json!({});
-        assert!(
-            JsonPath::parse(".spec.replicas")
-                .unwrap()
-                .set(&mut object, json!(2))
-        );
+        assert!(JsonPath::parse(".spec.replicas").unwrap().set(&mut object, json!(2)));
         assert_eq!(object, json!({"spec": {"replicas": 2}}));
     }
 }

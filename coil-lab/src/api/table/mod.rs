@@ -24,11 +24,7 @@ impl Column {
         Self {
             name: name.to_owned(),
             kind: "string".to_owned(),
-            format: if name == "Name" {
-                "name".to_owned()
-            } else {
-                String::new()
-            },
+            format: if name == "Name" { "name".to_owned() } else { String::new() },
             description: String::new(),
             priority,
         }
@@ -117,11 +113,7 @@ fn columns(resource: &Resource) -> Vec<Column> {
     if resource.kind == "Event" {
         columns.clear();
     }
-    columns.extend(
-        shape
-            .iter()
-            .map(|&(name, priority)| Column::new(name, priority)),
-    );
+    columns.extend(shape.iter().map(|&(name, priority)| Column::new(name, priority)));
     columns
 }
 
@@ -129,10 +121,7 @@ fn cells(resource: &Resource, object: &Value) -> Vec<Value> {
     let mut cells = vec![json!(obj::name(object))];
     if resource.custom {
         if resource.columns.is_empty() {
-            cells.push(json!(age(obj::text(
-                object,
-                &["metadata", "creationTimestamp"]
-            ))));
+            cells.push(json!(age(obj::text(object, &["metadata", "creationTimestamp"]))));
         }
         for column in &resource.columns {
             cells.push(custom_cell(&column.kind, &column.path.find(object)));
@@ -155,10 +144,8 @@ fn custom_cell(kind: &str, found: &[&Value]) -> Value {
         ("integer", Value::Number(number)) => json!(number.as_i64()),
         ("number" | "boolean", scalar @ (Value::Number(_) | Value::Bool(_))) => (*scalar).clone(),
         ("string", _) => {
-            let texts: Vec<String> = found
-                .iter()
-                .map(|one| one.as_str().map_or_else(|| one.to_string(), str::to_owned))
-                .collect();
+            let texts: Vec<String> =
+                found.iter().map(|one| one.as_str().map_or_else(|| one.to_string(), str::to_owned)).collect();
             json!(texts.join(","))
         }
         _ => Value::Null,
@@ -177,11 +164,7 @@ pub fn age(stamp: &str) -> String {
 pub fn human(seconds: i64) -> String {
     let (minutes, hours) = (seconds / 60, seconds / 3600);
     let pair = |big: i64, big_unit: &str, small: i64, small_unit: &str| {
-        if small == 0 {
-            format!("{big}{big_unit}")
-        } else {
-            format!("{big}{big_unit}{small}{small_unit}")
-        }
+        if small == 0 { format!("{big}{big_unit}") } else { format!("{big}{big_unit}{small}{small_unit}") }
     };
     match seconds {
         ..-1 => "<invalid>".to_owned(),

@@ -1,0 +1,257 @@
+//! What a cluster's controller manager and scheduler do, as far as the lab needs it, in-process on the embedded API
+//! server.
+//!
+//! Each controller is level-triggered: a pass looks at all objects of its kinds and does what is missing; a pass runs
+//! when one of those kinds changed. With the few objects of a lab that is simple and fast enough. Nothing here is used
+//! on a real control plane.
+
+mod daemonset;
+mod deployment;
+mod endpoints;
+mod gc;
+mod names;
+mod namespace;
+mod pdb;
+mod pods;
+mod replicaset;
+mod scheduler;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde_json::{Value, json};
+use tokio::task::JoinSet;
+
+use crate::api::delete::DeleteOptions;
+use crate::api::patch::Patch;
+use crate::api::registry::Resource;
+use crate::api::write::{Part, WriteOptions};
+use crate::api::{ApiResult, ApiServer, obj};
+
+/// Pause before a pass, in which changes gather.
+const GATHER: Duration = Duration::from_millis(10);
+/// Pause after a failed pass.
+const RETRY: Duration = Duration::from_millis(500);
+/// A pass runs at least this often.
+const RESYNC: Duration = Duration::from_secs(30);
+
+/// A pass of a controller. Returns when it wants to run again, if time matters to it.
+type Pass = fn(&Cluster) -> ApiResult<Option<Duration>>;
+
+/// Name, pass, resources that trigger it (all when empty).
+const CONTROLLERS: &[(&str, Pass, &[(&str, &str)])] = &[
+    ("namespace-controller", namespace::pass, &[]),
+    ("garbage-collector", gc::pass, &[]),
+    (
+        "deployment-controller",
+        deployment::pass,
+        &[("apps", "deployments"), ("apps", "replicasets"), ("", "pods")],
+    ),
+    ("replicaset-controller", replicaset::pass, &[("apps", "replicasets"), ("", "pods")]),
+    ("daemonset-controller", daemonset::pass, &[("apps", "daemonsets"), ("", "nodes"), ("", "pods")]),
+    ("endpointslice-controller", endpoints::pass, &[("", "services"), ("", "pods"), ("", "nodes")]),
+    ("disruption-controller", pdb::pass, &[("policy", "poddisruptionbudgets"), ("", "pods")]),
+    ("default-scheduler", scheduler::pass, &[("", "pods"), ("", "nodes")]),
+];
+
+/// Starts all controllers; they end when the server stops. The set ends early only if a controller panicked.
+pub fn start(server: &Arc<ApiServer>) -> JoinSet<()> {
+    let mut tasks = JoinSet::new();
+    for &(name, pass, kinds) in CONTROLLERS {
+        tasks.spawn(run(Cluster { server: server.clone(), name }, pass, kinds));
+    }
+    tasks
+}
+
+async fn run(cluster: Cluster, pass: Pass, kinds: &'static [(&'static str, &'static str)]) {
+    let stopped = cluster.server.stopped();
+    let mut ticks: Vec<tokio::sync::watch::Receiver<u64>> = kinds
+        .iter()
+        .filter_map(|(group, plural)| cluster.resource(group, plural).ok())
+        .map(|resource| cluster.server.store.subscribe(&resource.storage))
+        .collect();
+    if ticks.is_empty() {
+        ticks.push(cluster.server.store.subscribe_all());
+    }
+    loop {
+        for tick in &mut ticks {
+            tick.mark_unchanged();
+        }
+        let wait = match pass(&cluster) {
+            Ok(again) => again.unwrap_or(RESYNC).min(RESYNC),
+            Err(error) => {
+                tracing::warn!(controller = cluster.name, %error, "a pass failed, trying again");
+                RETRY
+            }
+        };
+        let changed = futures::future::select_all(ticks.iter_mut().map(|tick| Box::pin(tick.changed())));
+        tokio::select! {
+            _ = changed => {}
+            () = tokio::time::sleep(wait) => {}
+            () = stopped.cancelled() => return,
+        }
+        tokio::select! {
+            () = tokio::time::sleep(GATHER) => {}
+            () = stopped.cancelled() => return,
+        }
+    }
+}
+
+/// The cluster as one controller sees it.
+struct Cluster {
+    server: Arc<ApiServer>,
+    name: &'static str,
+}
+
+impl Cluster {
+    fn resource(&self, group: &str, plural: &str) -> ApiResult<Arc<Resource>> {
+        self.server.resource(group, plural)
+    }
+
+    /// All objects of a resource.
+    fn list(&self, group: &str, plural: &str) -> ApiResult<Vec<Arc<Value>>> {
+        Ok(self.server.all(&*self.resource(group, plural)?, None))
+    }
+
+    fn create(
+        &self,
+        group: &str,
+        plural: &str,
+        namespace: Option<&str>,
+        object: Value,
+    ) -> ApiResult<Arc<Value>> {
+        let mut options = WriteOptions::internal(self.name);
+        self.server.create_now(&self.resource(group, plural)?, namespace, object, &mut options)
+    }
+
+    /// Merges a patch into an object as seen; a lost race or a gone object is no error, the next pass sees it.
+    fn merge(&self, resource: &Arc<Resource>, object: &Value, part: Part, patch: Value) -> ApiResult<()> {
+        let mut options = WriteOptions::internal(self.name).with_part(part);
+        let namespace = resource.namespaced.then(|| obj::namespace(object));
+        let patch = Patch::Merge(patch);
+        settled(self.server.patch_now(resource, namespace, obj::name(object), &patch, &mut options))
+    }
+
+    /// Writes `status` if it differs from what the object has.
+    fn set_status(&self, resource: &Arc<Resource>, object: &Value, status: &Value) -> ApiResult<()> {
+        if object.get("status") == Some(status) {
+            return Ok(());
+        }
+        let mut options = WriteOptions::internal(self.name).with_part(Part::Status);
+        let namespace = resource.namespaced.then(|| obj::namespace(object));
+        let written =
+            self.server.rewrite(resource, namespace, obj::name(object), &mut options, &mut |old, _| {
+                let mut new = old.clone();
+                if obj::uid(old) == obj::uid(object) {
+                    obj::set(&mut new, &["status"], status.clone());
+                }
+                Ok(new)
+            });
+        settled(written)
+    }
+
+    /// Deletes an object as seen (by UID).
+    fn delete(&self, resource: &Arc<Resource>, object: &Value, options: DeleteOptions) -> ApiResult<()> {
+        let options = DeleteOptions { uid: Some(obj::uid(object).to_owned()), ..options };
+        let namespace = resource.namespaced.then(|| obj::namespace(object));
+        match self.server.delete(resource, namespace, obj::name(object), &options) {
+            Err(error) if !(error.is_not_found() || error.is_conflict()) => Err(error),
+            _ => Ok(()),
+        }
+    }
+
+    /// Tells the user something about an object.
+    fn event(&self, object: &Value, kind: &str, reason: &str, message: &str) {
+        let namespace = match obj::namespace(object) {
+            "" => "default",
+            namespace => namespace,
+        };
+        let name = format!("{}.{:016x}", obj::name(object), jiff::Timestamp::now().as_microsecond());
+        let event = json!({
+            "metadata": {"name": name},
+            "involvedObject": {
+                "kind": obj::text(object, &["kind"]), "apiVersion": obj::text(object, &["apiVersion"]),
+                "namespace": obj::namespace(object), "name": obj::name(object), "uid": obj::uid(object),
+                "resourceVersion": obj::version(object),
+            },
+            "type": kind, "reason": reason, "message": message, "count": 1,
+            "source": {"component": self.name}, "reportingComponent": self.name,
+        });
+        if let Err(error) = self.create("", "events", Some(namespace), event)
+            && error.reason != "Forbidden"
+        {
+            tracing::debug!(controller = self.name, %error, reason, "no event");
+        }
+    }
+}
+
+fn settled(written: ApiResult<Arc<Value>>) -> ApiResult<()> {
+    match written {
+        Ok(_) => Ok(()),
+        Err(error) if error.is_not_found() || error.is_conflict() => Ok(()),
+        Err(error) => Err(error),
+    }
+}
+
+/// An owner reference to a controlling object.
+fn owner_reference(owner: &Value) -> Value {
+    json!({
+        "apiVersion": obj::text(owner, &["apiVersion"]), "kind": obj::text(owner, &["kind"]),
+        "name": obj::name(owner), "uid": obj::uid(owner), "controller": true, "blockOwnerDeletion": true,
+    })
+}
+
+/// Whether an object is controlled by another.
+fn is_controlled_by(object: &Value, owner: &Value) -> bool {
+    obj::controller(object).is_some_and(|reference| obj::text(reference, &["uid"]) == obj::uid(owner))
+}
+
+/// A number or a percentage of `total`, rounded up or down.
+fn number_or_percent(value: Option<&Value>, total: i64, round_up: bool) -> i64 {
+    match value {
+        Some(Value::Number(number)) => number.as_i64().unwrap_or(0),
+        Some(Value::String(text)) => match text.strip_suffix('%').and_then(|text| text.parse::<i64>().ok()) {
+            Some(percent) if round_up => (total * percent + 99) / 100,
+            Some(percent) => total * percent / 100,
+            None => text.parse().unwrap_or(0),
+        },
+        _ => 0,
+    }
+}
+
+/// Sets a condition in a list of conditions; its time moves only when its status does.
+fn set_condition(conditions: &mut Vec<Value>, kind: &str, status: &str, reason: &str, message: &str) {
+    let now = obj::now();
+    let old = conditions.iter().find(|one| obj::text(one, &["type"]) == kind).cloned();
+    let same_status = old.as_ref().is_some_and(|old| obj::text(old, &["status"]) == status);
+    let same = same_status
+        && old.as_ref().is_some_and(|old| {
+            obj::text(old, &["reason"]) == reason && obj::text(old, &["message"]) == message
+        });
+    if same {
+        return;
+    }
+    let since = old.filter(|_| same_status).map(|old| obj::text(&old, &["lastTransitionTime"]).to_owned());
+    let condition = json!({
+        "type": kind, "status": status, "reason": reason, "message": message,
+        "lastTransitionTime": since.unwrap_or_else(|| now.clone()), "lastUpdateTime": now,
+    });
+    match conditions.iter_mut().find(|one| obj::text(one, &["type"]) == kind) {
+        Some(slot) => *slot = condition,
+        None => conditions.push(condition),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn percentages() {
+        assert_eq!(number_or_percent(Some(&json!("25%")), 2, true), 1);
+        assert_eq!(number_or_percent(Some(&json!("25%")), 2, false), 0);
+        assert_eq!(number_or_percent(Some(&json!("100%")), 3, true), 3);
+        assert_eq!(number_or_percent(Some(&json!(2)), 3, true), 2);
+        assert_eq!(number_or_percent(None, 3, true), 0);
+    }
+}

@@ -1,0 +1,51 @@
+//! Namespaces: the default service account of each, and the emptying of deleted ones.
+
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+use super::Cluster;
+use crate::api::delete::DeleteOptions;
+use crate::api::{ApiResult, obj};
+
+pub(super) fn pass(cluster: &Cluster) -> ApiResult<Option<Duration>> {
+    for namespace in cluster.list("", "namespaces")? {
+        if obj::is_deleting(&namespace) {
+            empty(cluster, &namespace)?;
+        } else {
+            ensure_account(cluster, obj::name(&namespace))?;
+        }
+    }
+    Ok(None)
+}
+
+fn ensure_account(cluster: &Cluster, namespace: &str) -> ApiResult<()> {
+    let accounts = cluster.resource("", "serviceaccounts")?;
+    if cluster.server.get(&accounts, Some(namespace), "default").is_ok() {
+        return Ok(());
+    }
+    let account = json!({"metadata": {"name": "default"}});
+    super::settled(cluster.create("", "serviceaccounts", Some(namespace), account))
+}
+
+fn empty(cluster: &Cluster, namespace: &Value) -> ApiResult<()> {
+    let name = obj::name(namespace);
+    let mut left = 0;
+    let mut stored = Vec::new();
+    for resource in cluster.server.registry.all() {
+        if !resource.namespaced || stored.contains(&resource.storage) {
+            continue;
+        }
+        stored.push(resource.storage.clone());
+        for object in cluster.server.all(&resource, Some(name)) {
+            if !obj::is_deleting(&object) {
+                cluster.delete(&resource, &object, DeleteOptions::default())?;
+            }
+        }
+        left += cluster.server.all(&resource, Some(name)).len();
+    }
+    if left == 0 {
+        super::settled(cluster.server.finalize_namespace(name, &json!({"spec": {"finalizers": []}})))?;
+    }
+    Ok(())
+}
