@@ -8,6 +8,7 @@ pub mod cni;
 pub mod controllers;
 pub mod down;
 pub mod drive;
+mod kubelet;
 pub mod netns;
 pub mod options;
 pub mod paths;
@@ -21,6 +22,7 @@ pub mod traffic;
 mod up;
 
 pub use args::LabArgs;
+pub use kubelet::{COIL_IMAGE, RUN_ANNOTATION};
 pub use options::{ApiSource, Family, Options};
 pub use status::Status;
 pub use target::Target;

@@ -68,8 +68,13 @@ impl ProcessId {
 /// All processes that carry the marker: those of lab `id`, or of any lab where it is not known. This process and its
 /// ancestors are left out, since `down` may itself have been started from inside the lab.
 pub fn marked(id: Option<&str>) -> Vec<ProcessId> {
+    with_variable(MARKER, id)
+}
+
+/// All processes with this environment variable, except this one and its ancestors; with this value, where one is given.
+pub fn with_variable(name: &str, value: Option<&str>) -> Vec<ProcessId> {
     let spared = ancestors();
-    let prefix = format!("{MARKER}=");
+    let prefix = format!("{name}=");
     let Ok(entries) = std::fs::read_dir("/proc") else {
         return Vec::new();
     };
@@ -84,7 +89,7 @@ pub fn marked(id: Option<&str>) -> Vec<ProcessId> {
             environment
                 .split(|byte| *byte == 0)
                 .filter_map(|variable| variable.strip_prefix(prefix.as_bytes()))
-                .any(|value| id.is_none_or(|id| value == id.as_bytes()))
+                .any(|found| value.is_none_or(|value| found == value.as_bytes()))
                 .then_some(process)
         })
         .collect()
