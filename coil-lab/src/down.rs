@@ -85,7 +85,9 @@ pub fn down(progress: &impl Fn(&str)) -> Result<(), DownError> {
         keep(namespace.remove().map_err(Into::into));
     }
     keep(remove_folder(&paths::pins()));
-    if mounted_bpffs {
+    // What others have pinned meanwhile would be lost with the mount.
+    let others = std::fs::read_dir(paths::BPFFS).is_ok_and(|mut entries| entries.next().is_some());
+    if mounted_bpffs && !others {
         progress("unmounting the BPF file system");
         keep(match umount2(Path::new(paths::BPFFS), MntFlags::empty()) {
             // EINVAL: no longer mounted. EBUSY: somebody else has begun to use it, so it is no longer ours to remove.

@@ -10,6 +10,13 @@ struct Cli {
     lab: coil_lab::LabArgs,
 }
 
-fn main() -> anyhow::Result<ExitCode> {
-    Cli::parse().lab.run(vec![std::env::current_exe()?])
+fn main() -> ExitCode {
+    let launcher = std::env::current_exe().map(|exe| vec![exe]).map_err(anyhow::Error::from);
+    match launcher.and_then(|launcher| Cli::parse().lab.run(launcher)) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
 }

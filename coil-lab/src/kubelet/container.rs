@@ -109,7 +109,8 @@ impl Container {
             final_: false,
         }));
         let (stop, stopped) = watch::channel(None);
-        let run = Run { setting, spec: spec.clone(), restart, log: log.clone(), view: view.clone(), stop: stopped };
+        let run =
+            Run { setting, spec: spec.clone(), restart, log: log.clone(), view: view.clone(), stop: stopped };
         Self {
             name: spec.name,
             image: spec.image.unwrap_or_default(),
@@ -204,11 +205,19 @@ impl Run {
         let Some(argv) = self.argv(&environment) else {
             // Nothing to run: it is there until it is told to go.
             let (started, ready) = (true, true);
-            self.set(|view| (view.phase, view.started, view.ready) = (Phase::Running { since }, started, ready));
+            self.set(|view| {
+                (view.phase, view.started, view.ready) = (Phase::Running { since }, started, ready)
+            });
             if self.stop.wait_for(Option::is_some).await.is_err() {
                 warn!(container = self.spec.name, "its pod is gone");
             }
-            return Ok(Ended { code: 0, signal: None, since, until: Timestamp::now(), message: String::new() });
+            return Ok(Ended {
+                code: 0,
+                signal: None,
+                since,
+                until: Timestamp::now(),
+                message: String::new(),
+            });
         };
         let mut child = self.spawn(&argv, &environment)?;
         let pid = child.id();
@@ -217,7 +226,8 @@ impl Run {
         let started = !has(&self.spec.startup_probe);
         let ready = started && !has(&self.spec.readiness_probe);
         self.set(|view| {
-            (view.phase, view.pid, view.started, view.ready) = (Phase::Running { since }, pid, started, ready);
+            (view.phase, view.pid, view.started, view.ready) =
+                (Phase::Running { since }, pid, started, ready);
         });
         let (failed, mut failures) = mpsc::unbounded_channel();
         let probes = self.probes(&environment, failed);
@@ -366,7 +376,8 @@ impl Run {
 
     /// SIGTERM, then SIGKILL. A later, shorter grace cuts an earlier one.
     async fn end(&mut self, child: &mut Child, mut grace: Duration) -> std::io::Result<ExitStatus> {
-        let Some(identity) = child.id().and_then(|pid| process::ProcessId::of(i32::try_from(pid).ok()?)) else {
+        let Some(identity) = child.id().and_then(|pid| process::ProcessId::of(i32::try_from(pid).ok()?))
+        else {
             return child.wait().await;
         };
         identity.signal(nix::sys::signal::Signal::SIGTERM);

@@ -67,19 +67,22 @@ async fn from_source(
 ) -> Result<Option<String>, EnvironmentError> {
     let name = &variable.name;
     let Some(source) = &variable.value_from else { return Ok(None) };
-    let missing = |object: String, key: &str| EnvironmentError::Key { name: name.clone(), object, key: key.to_owned() };
+    let missing =
+        |object: String, key: &str| EnvironmentError::Key { name: name.clone(), object, key: key.to_owned() };
     if let Some(reference) = &source.field_ref {
         return field(facts, name, reference).map(Some);
     }
     if let Some(reference) = &source.config_map_key_ref {
-        let value = config_map(client, namespace, &reference.name, reference.optional).await?.remove(&reference.key);
+        let value =
+            config_map(client, namespace, &reference.name, reference.optional).await?.remove(&reference.key);
         if value.is_none() && reference.optional != Some(true) {
             return Err(missing(format!("config map {}", reference.name), &reference.key));
         }
         return Ok(value);
     }
     if let Some(reference) = &source.secret_key_ref {
-        let value = secret(client, namespace, &reference.name, reference.optional).await?.remove(&reference.key);
+        let value =
+            secret(client, namespace, &reference.name, reference.optional).await?.remove(&reference.key);
         if value.is_none() && reference.optional != Some(true) {
             return Err(missing(format!("secret {}", reference.name), &reference.key));
         }
@@ -100,7 +103,9 @@ fn field(facts: &Facts<'_>, name: &str, reference: &ObjectFieldSelector) -> Resu
         "metadata.namespace" => metadata.namespace.clone().unwrap_or_default(),
         "metadata.uid" => metadata.uid.clone().unwrap_or_default(),
         "spec.nodeName" => spec.and_then(|spec| spec.node_name.clone()).unwrap_or_default(),
-        "spec.serviceAccountName" => spec.and_then(|spec| spec.service_account_name.clone()).unwrap_or_default(),
+        "spec.serviceAccountName" => {
+            spec.and_then(|spec| spec.service_account_name.clone()).unwrap_or_default()
+        }
         "status.podIP" => first(facts.pod_addresses),
         "status.podIPs" => join(facts.pod_addresses),
         "status.hostIP" => first(facts.host_addresses),
@@ -166,7 +171,9 @@ async fn secret(
             object: format!("namespace {namespace}"),
             key: format!("secret {name}"),
         }),
-        Err(source) => Err(EnvironmentError::Read { object: format!("secret {name}"), source: Box::new(source) }),
+        Err(source) => {
+            Err(EnvironmentError::Read { object: format!("secret {name}"), source: Box::new(source) })
+        }
     }
 }
 

@@ -57,7 +57,11 @@ pub(crate) struct Kubelets {
 
 impl Kubelets {
     /// Registers the nodes.
-    pub(crate) async fn register(client: Client, state: State, shutdown: CancellationToken) -> anyhow::Result<Self> {
+    pub(crate) async fn register(
+        client: Client,
+        state: State,
+        shutdown: CancellationToken,
+    ) -> anyhow::Result<Self> {
         let host = Arc::new(Host { client, state, shutdown });
         for node in &host.state.topology.nodes {
             node::register(&host.client, node).await.with_context(|| format!("node {}", node.name))?;
@@ -68,7 +72,8 @@ impl Kubelets {
     /// Runs pods until the lab ends; then ends them all.
     pub(crate) async fn run(mut self) -> anyhow::Result<()> {
         let host = self.host.clone();
-        let heartbeats = tokio::spawn(node::heartbeats(host.client.clone(), host.state.topology.nodes.clone()));
+        let heartbeats =
+            tokio::spawn(node::heartbeats(host.client.clone(), host.state.topology.nodes.clone()));
         let pods: Api<Pod> = Api::all(host.client.clone());
         let mut events = watcher(pods, watcher::Config::default()).default_backoff().boxed();
         let mut listed = Vec::new();
@@ -137,8 +142,8 @@ impl Kubelets {
 }
 
 /// Finds the log file of a container, for `kubectl logs`.
-pub(crate) fn log_file(namespace: &str, pod: &str, container: Option<&str>) -> Option<PathBuf> {
-    let record = PodRecord::all().into_iter().find(|record| record.namespace == namespace && record.name == pod)?;
+pub(crate) fn log_file(uid: &str, container: Option<&str>) -> Option<PathBuf> {
+    let record = PodRecord::all().into_iter().find(|record| record.uid == uid)?;
     let mut containers = record.containers.into_iter();
     let found = match container {
         Some(name) => containers.find(|container| container.name == name),

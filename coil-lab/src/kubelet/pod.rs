@@ -1,10 +1,11 @@
 //! One pod, from binding to removal.
 
+use super::Host;
 use super::container::{self, Container, Phase, Restart, Setting, Warning};
 use super::events::Events;
 use super::sandbox::Sandbox;
 use super::status::{self, Facts, Part};
-use super::Host;
+use crate::netns::Netns;
 use crate::state::write_json;
 use crate::target::{ContainerRecord, PodRecord};
 use crate::topology::Node;
@@ -52,6 +53,8 @@ pub(super) struct Worker {
     uid: String,
     since: Timestamp,
     sandbox: Option<Sandbox>,
+    /// Namespace and addresses of the sandbox; known also after a finished pod has given it back.
+    network: Option<(Netns, Vec<IpAddr>)>,
     init: Vec<Container>,
     containers: Vec<Container>,
     changed: Arc<Notify>,
@@ -77,6 +80,7 @@ impl Worker {
             updates,
             since: Timestamp::now(),
             sandbox: None,
+            network: None,
             init: Vec::new(),
             containers: Vec::new(),
             changed: Arc::new(Notify::new()),
@@ -89,10 +93,18 @@ impl Worker {
     pub(super) async fn run(mut self) {
         let span = info_span!("pod", namespace = self.namespace, name = self.name, node = self.node.name);
         async {
-            let finished = matches!(self.pod().status.as_ref().and_then(|status| status.phase.as_deref()),
-                Some("Succeeded" | "Failed"));
+            let finished = matches!(
+                self.pod().status.as_ref().and_then(|status| status.phase.as_deref()),
+                Some("Succeeded" | "Failed")
+            );
             if !finished {
                 self.live().await;
+                if !self.ending() {
+                    // What has done its work gives its network back at once; object and log stay.
+                    container::kill_pod(&self.uid);
+                    self.remove_sandbox().await;
+                    self.publish().await;
+                }
             }
             self.wait_for_end().await;
             self.tear_down().await;
@@ -158,7 +170,7 @@ impl Worker {
     async fn make_sandbox(&mut self) -> bool {
         let pod = self.pod();
         if self.spec().host_network == Some(true) {
-            self.sandbox = Some(Sandbox::of_node(&self.node, &pod));
+            self.wired(Sandbox::of_node(&self.node, &pod));
             return true;
         }
         let mut backoff = FIRST_BACKOFF;
@@ -169,7 +181,7 @@ impl Worker {
             match Sandbox::create(&self.host, &self.node, &pod, attempt).await {
                 Ok(sandbox) => {
                     info!(addresses = ?sandbox.addresses, attempt, "sandbox made");
-                    self.sandbox = Some(sandbox);
+                    self.wired(sandbox);
                     return true;
                 }
                 Err(error) => {
@@ -188,11 +200,14 @@ impl Worker {
         false
     }
 
+    fn wired(&mut self, sandbox: Sandbox) {
+        self.network = Some((sandbox.netns.clone(), sandbox.addresses.clone()));
+        self.sandbox = Some(sandbox);
+    }
+
     fn start(&self, spec: Spec, restart: Restart) -> Container {
-        let (netns, addresses) = match &self.sandbox {
-            Some(sandbox) => (sandbox.netns.clone(), sandbox.addresses.clone()),
-            None => (self.node.netns.clone(), Vec::new()),
-        };
+        let (netns, addresses) =
+            self.network.clone().unwrap_or_else(|| (self.node.netns.clone(), Vec::new()));
         let setting = Setting {
             host: self.host.clone(),
             node: self.node.clone(),
@@ -332,7 +347,7 @@ impl Worker {
     /// Writes the record, and the status if it has changed.
     async fn publish(&mut self) {
         let record = self.record();
-        if self.sandbox.is_some()
+        if self.network.is_some()
             && let Err(error) = write_json(&record.file(), &record)
         {
             warn!(%error, "record of the pod");
@@ -373,14 +388,13 @@ impl Worker {
         };
         let host_addresses: Vec<IpAddr> = self.node.addresses.iter().map(ipnet::IpNet::addr).collect();
         let init_specs = spec.init_containers.unwrap_or_default();
-        let no_addresses = Vec::new();
         status::status(&Facts {
             uid: &self.uid,
             conditions: &conditions,
             now: Timestamp::now(),
             since: self.since,
             host_addresses: &host_addresses,
-            addresses: self.sandbox.as_ref().map_or(&no_addresses, |sandbox| &sandbox.addresses),
+            addresses: self.network.as_ref().map_or(&[], |(_, addresses)| addresses),
             sandbox: self.sandbox.is_some(),
             init: parts(&init_specs, &self.init),
             containers: parts(&spec.containers, &self.containers),
@@ -390,15 +404,16 @@ impl Worker {
     }
 
     fn record(&self) -> PodRecord {
-        let sandbox = self.sandbox.as_ref();
+        let (netns, addresses) =
+            self.network.clone().unwrap_or_else(|| (self.node.netns.clone(), Vec::new()));
         PodRecord {
             namespace: self.namespace.clone(),
             name: self.name.clone(),
             uid: self.uid.clone(),
             node: self.node.name.clone(),
-            netns: sandbox.map_or_else(|| self.node.netns.clone(), |sandbox| sandbox.netns.clone()),
+            netns,
             host_network: self.spec().host_network == Some(true),
-            addresses: sandbox.map(|sandbox| sandbox.addresses.clone()).unwrap_or_default(),
+            addresses,
             containers: self
                 .containers
                 .iter()
@@ -420,7 +435,8 @@ fn parts<'a>(specs: &'a [Spec], running: &'a [Container]) -> Vec<Part<'a>> {
             let container = running.iter().find(|container| container.name == spec.name);
             Part {
                 name: &spec.name,
-                image: container.map_or(spec.image.as_deref().unwrap_or_default(), |container| &container.image),
+                image: container
+                    .map_or(spec.image.as_deref().unwrap_or_default(), |container| &container.image),
                 view: container.map(Container::view),
             }
         })

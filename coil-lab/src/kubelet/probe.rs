@@ -82,7 +82,8 @@ pub(super) async fn watch(probe: Probe, place: Place, mut tell: impl FnMut(bool,
     let mut judge = Judge::new(&probe);
     let mut eager = true;
     // While eager, failures do not count: they come faster than the probe's author has reckoned with.
-    let eager_end = tokio::time::Instant::now() + period * probe.failure_threshold.unwrap_or(3).max(1).unsigned_abs();
+    let eager_end =
+        tokio::time::Instant::now() + period * probe.failure_threshold.unwrap_or(3).max(1).unsigned_abs();
     loop {
         let (ok, message) = match tokio::time::timeout(limit, once(&probe, &place)).await {
             Ok(Ok(())) => (true, String::new()),
@@ -101,7 +102,8 @@ async fn once(probe: &Probe, place: &Place) -> io::Result<()> {
     if let Some(action) = &probe.http_get {
         let address = target(action.host.as_deref(), &action.port, place)?;
         let path = action.path.as_deref().unwrap_or("/");
-        let mut request = format!("GET {path} HTTP/1.1\r\nConnection: close\r\nUser-Agent: kube-probe/lab\r\n");
+        let mut request =
+            format!("GET {path} HTTP/1.1\r\nConnection: close\r\nUser-Agent: kube-probe/lab\r\n");
         if !action.http_headers.iter().flatten().any(|header| header.name.eq_ignore_ascii_case("host")) {
             request += &format!("Host: {address}\r\n");
         }

@@ -62,7 +62,12 @@ impl Sandbox {
     }
 
     /// Makes a namespace and wires it up. What a failed attempt has made is removed again.
-    pub(super) async fn create(host: &Host, node: &Node, pod: &Pod, attempt: u32) -> Result<Self, SandboxError> {
+    pub(super) async fn create(
+        host: &Host,
+        node: &Node,
+        pod: &Pod,
+        attempt: u32,
+    ) -> Result<Self, SandboxError> {
         let uid = pod.metadata.uid.clone().unwrap_or_default();
         let short = uid.replace('-', "");
         let netns = Netns::of(&format!("pod-{}", &short[..short.len().min(8)]));
@@ -88,8 +93,12 @@ impl Sandbox {
             Ok(attachment.add().await?)
         }
         .await;
-        let mut sandbox =
-            Self { netns, addresses: Vec::new(), id: attachment.container_id.clone(), attachment: Some(attachment) };
+        let mut sandbox = Self {
+            netns,
+            addresses: Vec::new(),
+            id: attachment.container_id.clone(),
+            attachment: Some(attachment),
+        };
         match made {
             Ok(()) => {
                 sandbox.addresses =
@@ -132,5 +141,9 @@ fn prepare(netns: &Netns) -> Result<(), SandboxError> {
     command.args(["link", "set", "lo", "up"]).stdin(Stdio::null());
     netns.enter(&mut command)?;
     let status = command.status().map_err(wrap)?;
-    if status.success() { Ok(()) } else { Err(wrap(io::Error::other(format!("ip link set lo up: {status}")))) }
+    if status.success() {
+        Ok(())
+    } else {
+        Err(wrap(io::Error::other(format!("ip link set lo up: {status}"))))
+    }
 }

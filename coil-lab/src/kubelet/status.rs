@@ -33,7 +33,8 @@ pub(super) struct Facts<'a> {
 
 /// Computes the status.
 pub(super) fn status(facts: &Facts<'_>) -> Value {
-    let initialized = facts.sandbox && facts.init.iter().all(|part| part.view.as_ref().is_some_and(done_or_sidecar));
+    let initialized =
+        facts.sandbox && facts.init.iter().all(|part| part.view.as_ref().is_some_and(done_or_sidecar));
     let ready = initialized
         && !facts.containers.is_empty()
         && facts.containers.iter().all(|part| part.view.as_ref().is_some_and(|view| view.ready));
@@ -62,7 +63,8 @@ pub(super) fn status(facts: &Facts<'_>) -> Value {
         status.insert("podIP".into(), json!(facts.addresses.first()));
         status.insert("podIPs".into(), addresses(facts.addresses));
     }
-    let list = |parts: &[Part<'_>]| -> Value { parts.iter().map(|part| container(facts.uid, part)).collect() };
+    let list =
+        |parts: &[Part<'_>]| -> Value { parts.iter().map(|part| container(facts.uid, part)).collect() };
     if !facts.init.is_empty() {
         status.insert("initContainerStatuses".into(), list(&facts.init));
     }
@@ -70,7 +72,8 @@ pub(super) fn status(facts: &Facts<'_>) -> Value {
     Value::Object(status)
 }
 
-const OURS: [&str; 5] = ["PodReadyToStartContainers", "Initialized", "Ready", "ContainersReady", "PodScheduled"];
+const OURS: [&str; 5] =
+    ["PodReadyToStartContainers", "Initialized", "Ready", "ContainersReady", "PodScheduled"];
 
 fn phase(facts: &Facts<'_>, initialized: bool) -> &'static str {
     let failed_init = facts.init.iter().any(
@@ -143,7 +146,9 @@ fn container(uid: &str, part: &Part<'_>) -> Value {
     };
     let id = format!("coil-lab://{uid}/{}/{}", part.name, view.restarts);
     let state = match &view.phase {
-        Phase::Waiting { reason, message } if message.is_empty() => json!({ "waiting": { "reason": reason } }),
+        Phase::Waiting { reason, message } if message.is_empty() => {
+            json!({ "waiting": { "reason": reason } })
+        }
         Phase::Waiting { reason, message } => json!({ "waiting": { "reason": reason, "message": message } }),
         Phase::Running { since } => json!({ "running": { "startedAt": time(*since) } }),
         Phase::Ended(ended) => terminated(ended, &id),
@@ -159,7 +164,8 @@ fn container(uid: &str, part: &Part<'_>) -> Value {
         "state": state,
     });
     if let Some(last) = &view.last {
-        status["lastState"] = terminated(last, &format!("coil-lab://{uid}/{}/{}", part.name, view.restarts - 1));
+        status["lastState"] =
+            terminated(last, &format!("coil-lab://{uid}/{}/{}", part.name, view.restarts - 1));
     }
     status
 }

@@ -81,5 +81,8 @@ fn start(
     target::environment(&mut command, state, None);
     command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
     namespace.enter(&mut command)?;
-    tokio::process::Command::from(command).spawn().with_context(|| format!("cannot start {name}"))
+    tokio::process::Command::from(command)
+        .kill_on_drop(true)
+        .spawn()
+        .with_context(|| format!("cannot start {name}"))
 }

@@ -1,19 +1,25 @@
 //! The one long-running process of a lab: makes the network, hosts the API, plays the kubelet of every node, and keeps
 //! the external host's servers running. `up` starts it; `down` ends it and clears up after it.
 
+mod api;
 mod background;
 mod bpffs;
+mod control_plane;
+mod daemonset;
+mod objects;
 
-use crate::netns::Netns;
+use crate::kubelet::Kubelets;
 use crate::paths;
 use crate::process::ProcessId;
 use crate::state::{Phase, State};
-use crate::{cni, topology};
+use crate::{cni, controllers, topology};
 use anyhow::Context;
 use serde::{Deserialize, Serialize};
 use std::io::Write;
 use std::os::unix::fs::symlink;
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
 use tracing::{error, info};
 
 /// What the supervisor tells `up`, one JSON object per line on standard output.
@@ -87,15 +93,49 @@ async fn run() -> anyhow::Result<()> {
     let mut background = background::Background::new(&state);
     background.external_servers()?;
 
-    state.phase = Phase::Ready;
-    state.save()?;
-    tell(&Message::Ready);
-
-    tokio::select! {
-        _ = terminate.recv() => info!("told to end"),
-        ended = background.failed() => ended?,
+    let mut api = api::Api::start(&mut state).await?;
+    let shutdown = CancellationToken::new();
+    let mut tasks = JoinSet::new();
+    if let Some(server) = api.embedded.clone() {
+        tasks.spawn(controllers::run(server, api.client.clone()));
+        tasks.spawn(daemonset::run(api.client.clone(), state.clone()));
+    } else if !api.has_controllers {
+        progress("this control plane has no controllers for workloads: the lab's own fill in");
+        tasks.spawn(daemonset::run(api.client.clone(), state.clone()));
     }
-    Ok(())
+    progress("registering nodes and custom resources");
+    let kubelets = Kubelets::register(api.client.clone(), state.clone(), shutdown.clone()).await?;
+    let mut kubelets = tokio::spawn(kubelets.run());
+
+    let client = api.client.clone();
+    let ready = async {
+        objects::definitions(&client, &state.options.crds).await?;
+        if state.options.programs.is_some() {
+            progress("starting coild on every node, and coil-controller");
+            objects::coil(&client).await?;
+            objects::coil_ready(&client, &state).await?;
+        }
+        state.phase = Phase::Ready;
+        state.save()?;
+        tell(&Message::Ready);
+        std::future::pending::<anyhow::Result<()>>().await
+    };
+    let ended = tokio::select! {
+        ended = ready => ended,
+        _ = terminate.recv() => {
+            info!("told to end");
+            Ok(())
+        }
+        ended = background.failed() => ended,
+        ended = api.failed() => ended,
+        ended = &mut kubelets => ended?,
+        Some(ended) = tasks.join_next() => ended?,
+    };
+    shutdown.cancel();
+    if !kubelets.is_finished() {
+        kubelets.await??;
+    }
+    ended
 }
 
 /// Folders, programs and CNI configuration.
@@ -121,14 +161,4 @@ fn folders(state: &State) -> anyhow::Result<()> {
         std::fs::write(&path, config).with_context(|| format!("cannot write {}", path.display()))?;
     }
     Ok(())
-}
-
-/// A listener inside a namespace, for the runtime of this process.
-#[expect(dead_code, reason = "the API follows")]
-fn listen(namespace: &Netns, address: std::net::SocketAddr) -> anyhow::Result<tokio::net::TcpListener> {
-    let listener = namespace
-        .run(|| std::net::TcpListener::bind(address))?
-        .with_context(|| format!("cannot listen on {address} in {}", namespace.name()))?;
-    listener.set_nonblocking(true)?;
-    Ok(tokio::net::TcpListener::from_std(listener)?)
 }
