@@ -5,7 +5,6 @@
 pub mod api;
 pub mod args;
 pub mod cni;
-pub mod controllers;
 pub mod down;
 pub mod drive;
 mod kubelet;

@@ -1,6 +1,7 @@
 //! One container: starts its process, if it has one, starts it again as the restart policy says, and ends it.
 
 use super::environment::{self, Facts};
+use super::events::News;
 use super::probe::{self, Place};
 use super::{COIL_IMAGE, Host, POD_MARKER, RUN_ANNOTATION};
 use crate::netns::Netns;
@@ -66,9 +67,6 @@ pub(super) struct View {
     pub(super) final_: bool,
 }
 
-/// A warning for the pod's events: reason and message.
-pub(super) type Warning = (&'static str, String);
-
 /// What a container needs to know of its pod.
 #[derive(Clone)]
 pub(super) struct Setting {
@@ -78,7 +76,7 @@ pub(super) struct Setting {
     pub(super) netns: Netns,
     pub(super) addresses: Vec<IpAddr>,
     pub(super) changed: Arc<Notify>,
-    pub(super) warnings: mpsc::UnboundedSender<Warning>,
+    pub(super) news: mpsc::UnboundedSender<News>,
 }
 
 /// A container that has been started.
@@ -154,7 +152,7 @@ impl Run {
                 Err(error) => {
                     let message = format!("{error:#}");
                     warn!(container = self.spec.name, message, "cannot start");
-                    self.warn("Failed", format!("Error: {message}"));
+                    self.tell(News::warning("Failed", format!("Error: {message}")));
                     self.set(|view| view.phase = Phase::Waiting { reason: "CreateContainerError", message });
                     None
                 }
@@ -180,7 +178,10 @@ impl Run {
                             message: format!("back-off {} ms", backoff.as_millis()),
                         };
                     });
-                    self.warn("BackOff", format!("Back-off restarting failed container {}", self.spec.name));
+                    self.tell(News::warning(
+                        "BackOff",
+                        format!("Back-off restarting failed container {}", self.spec.name),
+                    ));
                 }
             }
             if !again {
@@ -222,6 +223,7 @@ impl Run {
         let mut child = self.spawn(&argv, &environment)?;
         let pid = child.id();
         info!(container = self.spec.name, pid, program = argv[0], "started");
+        self.tell(News::normal("Started", format!("Started container {}", self.spec.name)));
         let has = |probe: &Option<_>| Option::<&k8s_openapi::api::core::v1::Probe>::is_some(&probe.as_ref());
         let started = !has(&self.spec.startup_probe);
         let ready = started && !has(&self.spec.readiness_probe);
@@ -234,7 +236,7 @@ impl Run {
         let (status, message) = tokio::select! {
             status = child.wait() => (status?, String::new()),
             Some(message) = failures.recv() => {
-                self.warn("Unhealthy", message.clone());
+                self.tell(News::warning("Unhealthy", message.clone()));
                 let grace = self.grace();
                 (self.end(&mut child, grace).await?, message)
             }
@@ -350,8 +352,8 @@ impl Run {
                     probe::watch(probe, place.clone(), |ok, message| {
                         update(&|view| view.ready = ok);
                         if !ok {
-                            let warning = ("Unhealthy", format!("Readiness probe failed: {message}"));
-                            if setting.warnings.send(warning).is_err() {
+                            let text = format!("Readiness probe failed: {message}");
+                            if setting.news.send(News::warning("Unhealthy", text)).is_err() {
                                 info!("readiness of a pod that has ended");
                             }
                         }
@@ -414,9 +416,9 @@ impl Run {
         self.setting.changed.notify_one();
     }
 
-    fn warn(&self, reason: &'static str, message: String) {
-        if self.setting.warnings.send((reason, message)).is_err() {
-            info!(reason, "warning about a pod that has ended");
+    fn tell(&self, news: News) {
+        if let Err(unheard) = self.setting.news.send(news) {
+            info!(news = ?unheard.0, "about a pod that has ended");
         }
     }
 }

@@ -8,6 +8,26 @@ use serde_json::json;
 use std::collections::HashMap;
 use tracing::debug;
 
+/// Something that has happened to a pod.
+#[derive(Clone, Debug)]
+pub(super) struct News {
+    warning: bool,
+    reason: &'static str,
+    message: String,
+}
+
+impl News {
+    /// Something worth a warning.
+    pub(super) fn warning(reason: &'static str, message: String) -> Self {
+        Self { warning: true, reason, message }
+    }
+
+    /// Something normal.
+    pub(super) fn normal(reason: &'static str, message: String) -> Self {
+        Self { warning: false, reason, message }
+    }
+}
+
 /// Records the events of one pod. The same event again only raises its count.
 pub(super) struct Events {
     client: Client,
@@ -20,20 +40,12 @@ impl Events {
         Self { client, node: node.to_owned(), told: HashMap::new() }
     }
 
-    /// Something worth a warning.
-    pub(super) async fn warning(&mut self, pod: &Pod, reason: &str, message: &str) {
-        self.tell(pod, "Warning", reason, message).await;
-    }
-
-    /// Something normal.
-    pub(super) async fn normal(&mut self, pod: &Pod, reason: &str, message: &str) {
-        self.tell(pod, "Normal", reason, message).await;
-    }
-
-    async fn tell(&mut self, pod: &Pod, kind: &str, reason: &str, message: &str) {
+    /// Records what has happened.
+    pub(super) async fn tell(&mut self, pod: &Pod, news: News) {
+        let kind = if news.warning { "Warning" } else { "Normal" };
         // Events are a courtesy: a pod never waits or fails for want of one.
-        if let Err(error) = self.try_tell(pod, kind, reason, message).await {
-            debug!(%error, reason, "event not recorded");
+        if let Err(error) = self.try_tell(pod, kind, news.reason, &news.message).await {
+            debug!(%error, news.reason, "event not recorded");
         }
     }
 

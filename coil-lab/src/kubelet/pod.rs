@@ -1,8 +1,8 @@
 //! One pod, from binding to removal.
 
 use super::Host;
-use super::container::{self, Container, Phase, Restart, Setting, Warning};
-use super::events::Events;
+use super::container::{self, Container, Phase, Restart, Setting};
+use super::events::{Events, News};
 use super::sandbox::Sandbox;
 use super::status::{self, Facts, Part};
 use crate::netns::Netns;
@@ -58,8 +58,8 @@ pub(super) struct Worker {
     init: Vec<Container>,
     containers: Vec<Container>,
     changed: Arc<Notify>,
-    warn: mpsc::UnboundedSender<Warning>,
-    warnings: mpsc::UnboundedReceiver<Warning>,
+    news: mpsc::UnboundedSender<News>,
+    heard: mpsc::UnboundedReceiver<News>,
     published: Option<Value>,
 }
 
@@ -68,7 +68,7 @@ impl Worker {
         let pod = updates.borrow().pod.clone();
         let metadata = &pod.metadata;
         let namespace = metadata.namespace.clone().unwrap_or_default();
-        let (warn, warnings) = mpsc::unbounded_channel();
+        let (news, heard) = mpsc::unbounded_channel();
         Self {
             api: Api::namespaced(host.client.clone(), &namespace),
             events: Events::new(host.client.clone(), &node.name),
@@ -84,8 +84,8 @@ impl Worker {
             init: Vec::new(),
             containers: Vec::new(),
             changed: Arc::new(Notify::new()),
-            warn,
-            warnings,
+            news,
+            heard,
             published: None,
         }
     }
@@ -170,7 +170,7 @@ impl Worker {
     async fn make_sandbox(&mut self) -> bool {
         let pod = self.pod();
         if self.spec().host_network == Some(true) {
-            self.wired(Sandbox::of_node(&self.node, &pod));
+            self.wired(Sandbox::of_node(&self.node));
             return true;
         }
         let mut backoff = FIRST_BACKOFF;
@@ -187,7 +187,7 @@ impl Worker {
                 Err(error) => {
                     let message = format!("Failed to create pod sandbox: {:#}", anyhow::Error::new(error));
                     warn!(attempt, message, "no sandbox");
-                    self.events.warning(&pod, "FailedCreatePodSandBox", &message).await;
+                    self.events.tell(&pod, News::warning("FailedCreatePodSandBox", message)).await;
                 }
             }
             tokio::select! {
@@ -215,7 +215,7 @@ impl Worker {
             netns,
             addresses,
             changed: self.changed.clone(),
-            warnings: self.warn.clone(),
+            news: self.news.clone(),
         };
         Container::start(setting, spec, restart)
     }
@@ -241,9 +241,9 @@ impl Worker {
     async fn wait(&mut self) {
         tokio::select! {
             () = self.changed.notified() => {}
-            Some((reason, message)) = self.warnings.recv() => {
+            Some(news) = self.heard.recv() => {
                 let pod = self.pod();
-                self.events.warning(&pod, reason, &message).await;
+                self.events.tell(&pod, news).await;
             }
             changed = self.updates.changed() => {
                 if changed.is_err() {
@@ -315,7 +315,7 @@ impl Worker {
             let message = format!("{:#}", anyhow::Error::new(error));
             warn!(attempt, message, "sandbox not removed");
             let pod = self.pod();
-            self.events.warning(&pod, "FailedKillPod", &message).await;
+            self.events.tell(&pod, News::warning("FailedKillPod", message)).await;
             tokio::time::sleep(backoff).await;
             backoff = (backoff * 2).min(LONGEST_BACKOFF);
         }

@@ -46,17 +46,15 @@ const SYSCTLS: [(&str, &str); 4] = [
 pub(super) struct Sandbox {
     pub(super) netns: Netns,
     pub(super) addresses: Vec<IpAddr>,
-    pub(super) id: String,
     attachment: Option<Attachment>,
 }
 
 impl Sandbox {
     /// The sandbox of a hostNetwork pod: there is nothing to make.
-    pub(super) fn of_node(node: &Node, pod: &Pod) -> Self {
+    pub(super) fn of_node(node: &Node) -> Self {
         Self {
             netns: node.netns.clone(),
             addresses: node.addresses.iter().map(ipnet::IpNet::addr).collect(),
-            id: pod.metadata.uid.clone().unwrap_or_default().replace('-', ""),
             attachment: None,
         }
     }
@@ -93,12 +91,7 @@ impl Sandbox {
             Ok(attachment.add().await?)
         }
         .await;
-        let mut sandbox = Self {
-            netns,
-            addresses: Vec::new(),
-            id: attachment.container_id.clone(),
-            attachment: Some(attachment),
-        };
+        let mut sandbox = Self { netns, addresses: Vec::new(), attachment: Some(attachment) };
         match made {
             Ok(()) => {
                 sandbox.addresses =

@@ -12,7 +12,7 @@ use crate::kubelet::Kubelets;
 use crate::paths;
 use crate::process::ProcessId;
 use crate::state::{Phase, State};
-use crate::{cni, controllers, topology};
+use crate::{cni, topology};
 use anyhow::Context;
 use serde::{Deserialize, Serialize};
 use std::io::Write;
@@ -96,13 +96,7 @@ async fn run() -> anyhow::Result<()> {
     let mut api = api::Api::start(&mut state).await?;
     let shutdown = CancellationToken::new();
     let mut tasks = JoinSet::new();
-    if let Some(server) = api.embedded.clone() {
-        tasks.spawn(controllers::run(server, api.client.clone()));
-        tasks.spawn(daemonset::run(api.client.clone(), state.clone()));
-    } else if !api.has_controllers {
-        progress("this control plane has no controllers for workloads: the lab's own fill in");
-        tasks.spawn(daemonset::run(api.client.clone(), state.clone()));
-    }
+    tasks.spawn(daemonset::run(api.client.clone(), state.clone()));
     progress("registering nodes and custom resources");
     let kubelets = Kubelets::register(api.client.clone(), state.clone(), shutdown.clone()).await?;
     let mut kubelets = tokio::spawn(kubelets.run());
