@@ -5,6 +5,7 @@
 pub mod api;
 pub mod args;
 pub mod cni;
+pub mod controllers;
 pub mod down;
 pub mod drive;
 mod kubelet;

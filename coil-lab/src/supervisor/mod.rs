@@ -12,7 +12,7 @@ use crate::kubelet::Kubelets;
 use crate::paths;
 use crate::process::ProcessId;
 use crate::state::{Phase, State};
-use crate::{cni, topology};
+use crate::{cni, controllers, topology};
 use anyhow::Context;
 use serde::{Deserialize, Serialize};
 use std::io::Write;
@@ -96,7 +96,14 @@ async fn run() -> anyhow::Result<()> {
     let mut api = api::Api::start(&mut state).await?;
     let shutdown = CancellationToken::new();
     let mut tasks = JoinSet::new();
-    tasks.spawn(daemonset::run(api.client.clone(), state.clone()));
+    let mut controllers = match &api.embedded {
+        Some(server) => controllers::start(server),
+        None => JoinSet::new(),
+    };
+    if !api.has_controllers {
+        progress("this control plane has no controllers for workloads: the lab's own fill in");
+        tasks.spawn(daemonset::run(api.client.clone(), state.clone()));
+    }
     progress("registering nodes and custom resources");
     let kubelets = Kubelets::register(api.client.clone(), state.clone(), shutdown.clone()).await?;
     let mut kubelets = tokio::spawn(kubelets.run());
@@ -124,6 +131,7 @@ async fn run() -> anyhow::Result<()> {
         ended = api.failed() => ended,
         ended = &mut kubelets => ended?,
         Some(ended) = tasks.join_next() => ended?,
+        Some(ended) = controllers.join_next() => ended.context("a controller"),
     };
     shutdown.cancel();
     if !kubelets.is_finished() {
