@@ -61,8 +61,6 @@ pub struct StateMetrics {
     /// Revision that the datapath has.
     pub applied_revision: IntGauge,
     desired_revision: IntGauge,
-    /// Flows that the sweeper has removed.
-    pub expired_flows: IntCounter,
 }
 
 impl StateMetrics {
@@ -94,14 +92,10 @@ impl StateMetrics {
                 "Revision of the desired state that the datapath has.",
             )?,
             desired_revision: gauge("coil_datapath_desired_revision", "Revision of the desired state.")?,
-            expired_flows: IntCounter::new(
-                "coil_flows_expired_total",
-                "Egress flows that were removed since they were over or silent.",
-            )?,
             problems,
         };
         registry.register(Box::new(metrics.problems.clone()))?;
-        for counter in [&metrics.applies, &metrics.apply_errors, &metrics.expired_flows] {
+        for counter in [&metrics.applies, &metrics.apply_errors] {
             registry.register(Box::new(counter.clone()))?;
         }
         for gauge in [

@@ -192,11 +192,7 @@ impl<D: Datapath + 'static> Writer<D> {
         };
         let result = self.blocking(move |datapath| datapath.sweep(now, SWEEP_BUDGET));
         match result.await? {
-            Ok(report) => {
-                let expired = u64::try_from(report.expired).unwrap_or(u64::MAX);
-                self.metrics.expired_flows.inc_by(expired);
-                Ok(report.finished)
-            }
+            Ok(report) => Ok(report.finished),
             Err(error) => {
                 tracing::warn!(error = causes(&error), "cannot remove expired flows");
                 Ok(true)
