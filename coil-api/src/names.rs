@@ -31,8 +31,6 @@ pub const LABEL_SERVICE_NAME: &str = "kubernetes.io/service-name";
 
 /// ServiceAccount of egress pods, ClusterRole and ClusterRoleBinding for them.
 pub const EGRESS_SERVICE_ACCOUNT: &str = "coil-egress";
-/// ClusterRoleBinding of clusters with PodSecurityPolicy, filled only where it exists.
-pub const EGRESS_PSP_BINDING: &str = "psp-coil-egress";
 /// Container of egress pods that Coil owns.
 pub const EGRESS_CONTAINER: &str = "egress";
 

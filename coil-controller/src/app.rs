@@ -1,0 +1,117 @@
+//! Wiring of `coil-controller`: which parts run, in which order, and what they share.
+
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use anyhow::{Context as _, bail};
+use coil_runtime::clock::SystemClock;
+use coil_runtime::lease::{Elector, LeaseConfig, unique_identity};
+use coil_runtime::readiness::Readiness;
+use coil_runtime::tasks::{Drain, Tasks};
+use coil_runtime::{admin, kube_client, metrics, telemetry};
+use k8s_openapi::api::core::v1::Pod;
+use kube::runtime::events::{Recorder, Reporter};
+use kube::{Api, Client};
+use prometheus::Registry;
+
+use crate::args::{Args, EgressArgs, LeaderArgs};
+use crate::metrics::ReconcileMetrics;
+use crate::plan::egress::Settings;
+use crate::programs::coil_controller::NAME;
+use crate::reconcilers::bindings::{Bindings, Watches};
+use crate::reconcilers::egress::{self, Context, Memory};
+
+/// Time for what is under way when the process is told to end.
+const DRAIN: Duration = Duration::from_secs(20);
+
+pub(crate) async fn run(args: Args) -> anyhow::Result<()> {
+    let Args { metrics_addr, health_addr, egress, leader, pod_namespace, pod_name, log } = args;
+    let EgressArgs { egress_port, egress_image, backend } = egress;
+    let LeaderArgs { leader_elect, leader_elect_namespace, leader_elect_name } = leader;
+
+    let log = telemetry::init(NAME, &log)?;
+    if let Some(backend) = backend {
+        tracing::warn!(?backend, "--backend has no effect: egress NAT is done by eBPF");
+    }
+    let registry = metrics::registry(NAME)?;
+    let health = admin::bind("--health-addr", &health_addr).await?;
+    let metrics = admin::bind("--metrics-addr", &metrics_addr).await?;
+    let readiness = Readiness::new();
+    let starting = readiness.blocker("start");
+
+    let mut tasks = Tasks::new()?;
+    tasks.spawn("health server", |drain| admin::serve_health(health, readiness.clone(), log, drain));
+    tasks.spawn("metrics server", |drain| admin::serve_metrics(metrics, registry.clone(), drain));
+
+    let client = kube_client::client(NAME).await?;
+    let me = pod_name.clone().unwrap_or_else(hostname);
+    let reconcile_metrics = ReconcileMetrics::register(&registry)?;
+    let elector = if leader_elect {
+        let config = LeaseConfig::new(leader_elect_namespace, leader_elect_name, unique_identity(&me));
+        Some(Elector::new(client.clone(), config, &registry)?)
+    } else {
+        None
+    };
+    tasks.spawn("controllers", move |drain| async move {
+        let image = match egress_image {
+            Some(image) => image,
+            None => own_image(&client, pod_namespace, pod_name).await?,
+        };
+        drop(starting);
+        let (bindings, watches) = Bindings::new(client.clone());
+        let reporter = Reporter { controller: NAME.to_owned(), instance: Some(me) };
+        let context = Context {
+            recorder: Recorder::new(client.clone(), reporter),
+            client,
+            settings: Settings { image, fou_port: egress_port },
+            clock: Arc::new(SystemClock),
+            bindings: Arc::new(bindings),
+            metrics: reconcile_metrics,
+            memory: Mutex::new(Memory::default()),
+        };
+        tracing::info!(image = context.settings.image, fou_port = context.settings.fou_port, "settings");
+        let work = |drain| controllers(context, watches, registry, drain);
+        match elector {
+            Some(elector) => elector.run(drain, work).await.map_err(anyhow::Error::from),
+            None => work(drain).await,
+        }
+    });
+    tasks.run(DRAIN).await?;
+    Ok(())
+}
+
+/// What only the leader does.
+async fn controllers(
+    context: Context,
+    watches: Watches,
+    registry: Registry,
+    drain: Drain,
+) -> anyhow::Result<()> {
+    let bindings = context.bindings.clone();
+    let egresses = egress::run(Arc::new(context), &registry, drain.clone());
+    let (egresses, ()) = tokio::join!(egresses, bindings.run(watches, drain));
+    egresses?;
+    Ok(())
+}
+
+/// Egress pods run the image that we run.
+async fn own_image(
+    client: &Client,
+    namespace: Option<String>,
+    name: Option<String>,
+) -> anyhow::Result<String> {
+    let (Some(namespace), Some(name)) = (namespace, name) else {
+        bail!(
+            "which image shall egress pods run? Set --egress-image, or COIL_POD_NAMESPACE and COIL_POD_NAME"
+        );
+    };
+    let api = Api::<Pod>::namespaced(client.clone(), &namespace);
+    let pod = api.get(&name).await.with_context(|| format!("cannot read our own pod {namespace}/{name}"))?;
+    let image = pod.spec.and_then(|spec| spec.containers.into_iter().next()).and_then(|c| c.image);
+    image.with_context(|| format!("our own pod {namespace}/{name} names no image"))
+}
+
+fn hostname() -> String {
+    std::fs::read_to_string("/proc/sys/kernel/hostname")
+        .map_or_else(|_| NAME.to_owned(), |n| n.trim().to_owned())
+}

@@ -1,0 +1,68 @@
+//! Flags of `coil-controller`.
+
+use clap::{Parser, ValueEnum};
+use coil_runtime::admin::ListenAddr;
+use coil_runtime::telemetry::LogArgs;
+
+/// Turns Egress objects into egress pods, and keeps their status.
+///
+/// KUBECONFIG names the API server; without it the program must run in a pod.
+#[derive(Parser, Debug)]
+pub(crate) struct Args {
+    /// Address of the metrics server.
+    #[arg(long, env = "COIL_METRICS_ADDR", default_value = ":9386")]
+    pub(crate) metrics_addr: ListenAddr,
+    /// Address of the health server.
+    #[arg(long, env = "COIL_HEALTH_ADDR", default_value = ":9387")]
+    pub(crate) health_addr: ListenAddr,
+    #[command(flatten)]
+    pub(crate) egress: EgressArgs,
+    #[command(flatten)]
+    pub(crate) leader: LeaderArgs,
+    /// Namespace of this pod.
+    #[arg(long, env = "COIL_POD_NAMESPACE")]
+    pub(crate) pod_namespace: Option<String>,
+    /// Name of this pod.
+    #[arg(long, env = "COIL_POD_NAME")]
+    pub(crate) pod_name: Option<String>,
+    #[command(flatten)]
+    pub(crate) log: LogArgs,
+}
+
+/// Flags about egress pods.
+#[derive(clap::Args, Debug)]
+pub(crate) struct EgressArgs {
+    /// UDP port of FOU: of the Services, of the egress pods, and of `coild`.
+    #[arg(long, env = "COIL_EGRESS_PORT", default_value_t = 5555, value_parser = clap::value_parser!(u16).range(1..))]
+    pub(crate) egress_port: u16,
+    /// Image of egress pods. Default: the image of the first container of this pod.
+    #[arg(long, env = "COIL_EGRESS_IMAGE")]
+    pub(crate) egress_image: Option<String>,
+    /// Of the original; has no effect, since NAT is done by eBPF.
+    #[arg(long, env = "COIL_BACKEND", value_enum, hide = true)]
+    pub(crate) backend: Option<Backend>,
+}
+
+/// Values of `--backend`.
+#[derive(ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Backend {
+    /// iptables
+    Iptables,
+    /// nftables
+    Nftables,
+}
+
+/// Flags about leader election.
+#[derive(clap::Args, Debug)]
+pub(crate) struct LeaderArgs {
+    /// Whether only one of several replicas works at a time.
+    #[arg(long, env = "COIL_LEADER_ELECT", default_value_t = true, action = clap::ArgAction::Set,
+          num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    pub(crate) leader_elect: bool,
+    /// Namespace of the Lease.
+    #[arg(long, env = "COIL_LEADER_ELECT_NAMESPACE", default_value = "kube-system")]
+    pub(crate) leader_elect_namespace: String,
+    /// Name of the Lease; that of the original keeps old and new from working side by side.
+    #[arg(long, env = "COIL_LEADER_ELECT_NAME", default_value = "coil-egress-leader")]
+    pub(crate) leader_elect_name: String,
+}

@@ -1,0 +1,5 @@
+//! Reconcilers: fetch, call a plan, write; nothing more.
+
+mod apply;
+pub(crate) mod bindings;
+pub(crate) mod egress;
