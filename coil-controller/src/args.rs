@@ -33,7 +33,8 @@ pub(crate) struct Args {
 #[derive(clap::Args, Debug)]
 pub(crate) struct EgressArgs {
     /// UDP port of FOU: of the Services, of the egress pods, and of `coild`.
-    #[arg(long, env = "COIL_EGRESS_PORT", default_value_t = 5555, value_parser = clap::value_parser!(u16).range(1..))]
+    // Not COIL_EGRESS_PORT, which Kubernetes sets in pods beside a Service named `coil-egress`.
+    #[arg(long, env = "COIL_EGRESS_PORT_NUMBER", default_value_t = 5555, value_parser = clap::value_parser!(u16).range(1..))]
     pub(crate) egress_port: u16,
     /// Image of egress pods. Default: the image of the first container of this pod.
     #[arg(long, env = "COIL_EGRESS_IMAGE")]

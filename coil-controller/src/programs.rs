@@ -1,5 +1,7 @@
 //! Programs of this package, for the multi-call binary.
 
+pub use coil_runtime::cli::{Program, dispatch, version};
+
 /// `coil-controller`.
 pub mod coil_controller {
     use std::ffi::OsString;
@@ -9,8 +11,6 @@ pub mod coil_controller {
 
     /// Name of the program.
     pub const NAME: &str = "coil-controller";
-    /// One line about it.
-    pub const ABOUT: &str = "Turns Egress objects into egress pods";
 
     /// Runs the program with the arguments of the process.
     #[must_use]

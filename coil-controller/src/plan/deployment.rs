@@ -99,6 +99,8 @@ fn pod_template(
 fn fill(pod: &mut PodSpec, egress: &Egress, settings: &Settings) {
     pod.service_account_name = Some(names::EGRESS_SERVICE_ACCOUNT.to_owned());
     pod.service_account = None;
+    // Variables of Services could be taken for ours.
+    pod.enable_service_links.get_or_insert(false);
     let volumes = pod.volumes.get_or_insert_default();
     if !volumes.iter().any(|v| v.name == VOLUME_RUN) {
         volumes.push(Volume {
