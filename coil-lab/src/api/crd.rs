@@ -191,6 +191,7 @@ fn resource(object: &Value, version: &Value) -> Resource {
         scale,
         subresources: Vec::new(),
         schema: Arc::new(root_schema(version)),
+        raw_schema: obj::at(version, &["schema", "openAPIV3Schema"]).cloned().unwrap_or_default(),
         custom: true,
         columns: columns(version),
         group,

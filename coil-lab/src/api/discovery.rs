@@ -12,8 +12,8 @@ use super::server::ApiServer;
 pub fn version() -> Value {
     json!({
         "major": "1",
-        "minor": "33",
-        "gitVersion": "v1.33.0",
+        "minor": "32",
+        "gitVersion": "v1.32.4",
         "gitCommit": "0000000000000000000000000000000000000000",
         "gitTreeState": "clean",
         "buildDate": "1970-01-01T00:00:00Z",

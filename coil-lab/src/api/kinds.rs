@@ -244,6 +244,7 @@ fn resource(one: &Kind) -> Resource {
         subresources,
         storage: GroupResource::new(storage_group, one.plural),
         schema: builtin::schema(&full_definition(one.definition)),
+        raw_schema: serde_json::Value::Null,
         custom: false,
         columns: Vec::new(),
     }

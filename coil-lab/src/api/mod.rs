@@ -11,6 +11,7 @@ pub mod delete;
 pub mod discovery;
 pub mod error;
 pub mod events;
+pub mod gnostic;
 pub mod ipalloc;
 pub mod kinds;
 pub mod meta;

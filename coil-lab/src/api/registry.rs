@@ -80,6 +80,8 @@ pub struct Resource {
     pub storage: GroupResource,
     /// Schema of the objects.
     pub schema: Arc<Schema>,
+    /// The schema as a custom resource definition has it; null for built-in kinds.
+    pub raw_schema: serde_json::Value,
     /// Whether the resource comes from a custom resource definition.
     pub custom: bool,
     /// Printer columns of a custom resource.
@@ -106,6 +108,7 @@ impl Resource {
 #[derive(Debug, Default)]
 pub struct Registry {
     served: RwLock<BTreeMap<(String, String, String), Arc<Resource>>>,
+    changes: std::sync::atomic::AtomicU64,
 }
 
 impl Registry {
@@ -126,11 +129,17 @@ impl Registry {
     pub fn add(&self, resource: Resource) {
         let key = (resource.group.clone(), resource.version.clone(), resource.plural.clone());
         self.write().insert(key, Arc::new(resource));
+        self.changes.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
     }
 
     /// Stops serving all versions of a custom resource.
     pub fn remove(&self, group: &str, plural: &str) {
         self.write().retain(|_, one| !(one.custom && one.group == group && one.plural == plural));
+    }
+
+    /// How often a resource was added.
+    pub fn generation(&self) -> u64 {
+        self.changes.load(std::sync::atomic::Ordering::Relaxed)
     }
 
     /// A resource by its path parts.

@@ -74,8 +74,27 @@ fn generate() -> Map<String, Value> {
         api::authorization::v1::SelfSubjectAccessReview,
         CustomResourceDefinition,
     );
-    generator.take_definitions(true)
+    let mut definitions = generator.take_definitions(true);
+    for (name, schema) in &mut definitions {
+        if FREE_FORM.iter().any(|free| is_named(name, free)) {
+            let description = schema.get("description").cloned().unwrap_or_default();
+            *schema = serde_json::json!({
+                "description": description, "x-kubernetes-preserve-unknown-fields": true,
+            });
+        }
+    }
+    definitions
 }
+
+/// Definitions that hold whatever is written, although their generated schema says otherwise.
+const FREE_FORM: [&str; 6] = [
+    "FieldsV1",
+    "JSON",
+    "JSONSchemaPropsOrArray",
+    "JSONSchemaPropsOrBool",
+    "JSONSchemaPropsOrStringArray",
+    "RawExtension",
+];
 
 const OWNER: &str = "io.k8s.apimachinery.pkg.apis.meta.v1.ObjectMeta";
 
