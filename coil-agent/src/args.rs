@@ -57,7 +57,7 @@ pub struct FeatureArgs {
 #[derive(Args, Clone, Debug)]
 pub struct DatapathArgs {
     /// UDP port of the tunnels between client pods and egress pods.
-    #[arg(long, env = "COIL_EGRESS_PORT", default_value_t = 5555, value_parser = clap::value_parser!(u16).range(1..))]
+    #[arg(long, env = "COIL_EGRESS_PORT_NUMBER", default_value_t = 5555, value_parser = clap::value_parser!(u16).range(1..))]
     pub egress_port: u16,
     /// Folder for pinned maps and links, on a BPF file system of the node.
     #[arg(long, env = "COIL_BPFFS_ROOT", default_value = names::PIN_ROOT)]

@@ -19,7 +19,7 @@ pub struct Args {
     #[arg(long, env = "COIL_HEALTH_ADDR", default_value = ":8081")]
     pub health_addr: ListenAddr,
     /// UDP port of the tunnels from clients.
-    #[arg(long, env = "COIL_FOU_PORT", default_value_t = 5555)]
+    #[arg(long, env = "COIL_FOU_PORT_NUMBER", default_value_t = 5555)]
     pub fou_port: u16,
     /// Derive the outer source port of replies from the flow.
     #[arg(long, env = "COIL_ENABLE_SPORT_AUTO", default_value_t = false, action = clap::ArgAction::Set,
