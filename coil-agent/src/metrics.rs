@@ -1,5 +1,7 @@
 //! Metrics of `coild`'s control side; those of the datapath are read from its maps elsewhere.
 
+use std::collections::BTreeMap;
+
 use prometheus::{IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry};
 
 use crate::desired::build::Problem;
@@ -119,7 +121,7 @@ impl StateMetrics {
         let clients = desired.pods.values().filter(|pod| pod.policy.is_some());
         self.clients.set(count(clients.count()));
         self.egresses.set(count(desired.egresses.len()));
-        self.unwired.set(count(snapshot.unwired().len()));
+        self.unwired.set(count(snapshot.unwired().map_or(0, BTreeMap::len)));
         self.desired_revision.set(i64::try_from(snapshot.revision).unwrap_or(i64::MAX));
         for reason in Problem::REASONS {
             let pods = snapshot

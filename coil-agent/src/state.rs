@@ -35,6 +35,8 @@ pub enum Input {
     UplinkMtu(Option<u32>),
     /// A pod's interface is known.
     Wired(PodUid, LocalPod),
+    /// Pods without a known interface have been looked for.
+    Adopted,
     /// The container runtime has wired a pod; answered when what follows is published.
     Added(Box<PodView>, LocalPod, oneshot::Sender<()>),
 }
@@ -144,6 +146,7 @@ impl State {
                 }
             }
             Input::UplinkMtu(mtu) => picture.uplink_mtu = mtu,
+            Input::Adopted => picture.adopted = true,
             Input::Wired(uid, local) => self.wire(&uid, local),
             Input::Added(pod, local, done) => {
                 let uid = pod.uid.clone();
@@ -193,10 +196,11 @@ impl State {
 }
 
 impl Snapshot {
-    /// Pods whose interface is not known, with their addresses.
+    /// Pods whose interface is not known, with their addresses; `None` until pods and interfaces have
+    /// been listed.
     #[must_use]
-    pub fn unwired(&self) -> &BTreeMap<PodUid, Vec<IpAddr>> {
-        &self.rest.unwired
+    pub fn unwired(&self) -> Option<&BTreeMap<PodUid, Vec<IpAddr>>> {
+        self.rest.unwired.as_ref()
     }
 }
 
@@ -234,6 +238,7 @@ mod tests {
         handle.send(Input::Egresses(reset(vec![]))).await.unwrap();
         handle.send(Input::Slices(reset(vec![]))).await.unwrap();
         handle.send(Input::Namespaces(reset(vec![]))).await.unwrap();
+        handle.send(Input::Adopted).await.unwrap();
     }
 
     #[tokio::test]

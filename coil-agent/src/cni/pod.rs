@@ -259,11 +259,13 @@ impl<A: PodApi, N: Netlink> Pods<A, N> {
                 let snapshot = snapshots.borrow_and_update();
                 let known = snapshot.desired.pods.get(uid).map(|pod| pod.ifindex) == Some(ifindex);
                 let problems = snapshot.rest.problems.get(uid);
-                let problem = problems
+                let problem: Vec<String> = problems
                     .into_iter()
                     .flat_map(|pod| &pod.problems)
-                    .find(|problem| problem.prevents_start())
-                    .map(ToString::to_string);
+                    .filter(|problem| problem.prevents_start())
+                    .map(ToString::to_string)
+                    .collect();
+                let problem = (!problem.is_empty()).then(|| problem.join("; "));
                 (snapshot.desired.complete, known.then_some(snapshot.revision), problem)
             };
             match (revision, &problem) {

@@ -98,8 +98,9 @@ pub struct Outcome {
     pub desired: DesiredState,
     /// Problems of pods, for Events and metrics.
     pub problems: BTreeMap<PodUid, PodProblems>,
-    /// Pods whose interface is not known, with their addresses.
-    pub unwired: BTreeMap<PodUid, Vec<IpAddr>>,
+    /// Pods whose interface is not known, with their addresses; `None` until pods and interfaces have
+    /// been listed.
+    pub unwired: Option<BTreeMap<PodUid, Vec<IpAddr>>>,
     /// Names that folders of gateways of this node may have.
     pub gateway_folders: BTreeSet<String>,
 }
@@ -125,19 +126,21 @@ pub struct Picture {
     pub retired: BTreeMap<PodUid, PodView>,
     /// Largest packet of the node's way out, if known.
     pub uplink_mtu: Option<u32>,
+    /// Pods without a known interface have been looked for once.
+    pub adopted: bool,
 }
 
 impl Picture {
     /// Nothing is missing: what is not here does not exist.
     #[must_use]
     pub fn complete(&self) -> bool {
-        self.index.synced() && self.local.recovered()
+        self.index.synced() && self.local.recovered() && self.adopted
     }
 
     /// Computes the outcome. Until the picture is complete it is empty: half a picture would take
     /// policies away from pods that the kernel knows more about.
     pub fn outcome(&mut self, cache: &mut PolicyCache) -> Outcome {
-        let mut outcome = Outcome::default();
+        let mut outcome = Outcome { unwired: self.unwired(), ..Outcome::default() };
         if !self.complete() {
             return outcome;
         }
@@ -149,9 +152,6 @@ impl Picture {
             }
             outcome.gateway_folders.insert(pod.uid.clone());
             outcome.gateway_folders.insert(format!("{}.{}", pod.key.namespace, pod.key.name));
-            if !pod.finished && self.local.get(&pod.uid).is_none() && !pod.addresses.is_empty() {
-                outcome.unwired.insert(pod.uid.clone(), pod.addresses.clone());
-            }
             let wish = self.wish(pod, &mut named);
             if !pod.finished && !wish.problems.is_empty() {
                 outcome.problems.insert(
@@ -165,10 +165,24 @@ impl Picture {
             let wish = self.wish(pod, &mut named);
             self.place(pod, wish, cache, &mut outcome.desired);
         }
+        self.close_doors(&mut outcome.desired);
         self.add_egresses(&mut outcome.desired);
         self.index.egresses.forget_deleted(&named);
         cache.sweep();
         outcome
+    }
+
+    fn unwired(&self) -> Option<BTreeMap<PodUid, Vec<IpAddr>>> {
+        if !self.index.pods.synced() || !self.local.recovered() {
+            return None;
+        }
+        let pods = self.index.pods.iter().filter(|pod| {
+            !pod.host_network
+                && !pod.finished
+                && !pod.addresses.is_empty()
+                && self.local.get(&pod.uid).is_none()
+        });
+        Some(pods.map(|pod| (pod.uid.clone(), pod.addresses.clone())).collect())
     }
 
     fn place(&self, pod: &PodView, wish: Wish, cache: &mut PolicyCache, desired: &mut DesiredState) {
@@ -192,6 +206,29 @@ impl Picture {
                 policy: wish.rules.map(|rules| cache.get(rules)),
             },
         );
+    }
+
+    /// Interfaces that say whose they are while no such pod exists, after a restart: the pod was deleted
+    /// while we were away, and what still runs in it has no business to send anything.
+    fn close_doors(&self, desired: &mut DesiredState) {
+        for (uid, local) in self.local.iter() {
+            if self.index.pods.get(uid).is_some() || desired.pods.contains_key(uid) {
+                continue;
+            }
+            desired.pods.insert(
+                uid.clone(),
+                DesiredPod {
+                    namespace: String::new(),
+                    name: String::new(),
+                    ifindex: local.ifindex,
+                    ipv4: None,
+                    ipv6: None,
+                    gateway: false,
+                    mtu: local.mtu,
+                    policy: None,
+                },
+            );
+        }
     }
 
     /// What a pod wants; `named` collects the Egresses that its annotations name.

@@ -19,9 +19,10 @@ pub async fn adopt_pods<N: Netlink>(
     state: StateHandle,
     mut snapshots: watch::Receiver<Snapshot>,
 ) -> Result<(), Closed> {
+    let mut first = true;
     loop {
         let snapshot = snapshots.borrow_and_update().clone();
-        for (uid, addresses) in snapshot.unwired() {
+        for (uid, addresses) in snapshot.unwired().into_iter().flatten() {
             let mut found: Option<Link> = None;
             for address in addresses {
                 match netlink.veth_towards(*address).await {
@@ -40,7 +41,11 @@ pub async fn adopt_pods<N: Netlink>(
                 None => tracing::debug!(pod.uid = uid, "no interface leads to this pod"),
             }
         }
-        let waiting = !snapshots.borrow().unwired().is_empty();
+        if first && snapshot.unwired().is_some() {
+            first = false;
+            state.send(Input::Adopted).await?;
+        }
+        let waiting = snapshot.unwired().is_some_and(|pods| !pods.is_empty());
         let changed = async {
             loop {
                 if snapshots.changed().await.is_err() {

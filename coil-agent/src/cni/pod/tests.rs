@@ -106,6 +106,7 @@ impl World {
         self.state.send(Input::Egresses(reset(egresses))).await.unwrap();
         self.state.send(Input::Slices(reset(vec![]))).await.unwrap();
         self.state.send(Input::Namespaces(reset(vec![]))).await.unwrap();
+        self.state.send(Input::Adopted).await.unwrap();
     }
 
     fn pods(&self) -> &Pods<FakeApi, FakeNetlink> {

@@ -26,7 +26,7 @@ fn local(ifindex: u32) -> LocalPod {
 
 /// A complete picture with these pods, wired at interfaces 11, 12, …
 fn picture(pods: Vec<PodView>, egresses: Vec<EgressView>) -> Picture {
-    let mut picture = Picture::default();
+    let mut picture = Picture { adopted: true, ..Picture::default() };
     picture.local.list(&[], 1);
     for (ifindex, pod) in (11..).zip(&pods) {
         picture.local.wire(&pod.uid, local(ifindex), 1);
@@ -67,8 +67,14 @@ fn nothing_is_wanted_until_every_kind_is_listed() {
     picture.index.pods.change(reset(vec![annotated("a", "1", "x")]));
     picture.index.egresses.change(reset(vec![]));
     picture.index.slices.change(reset(vec![]));
-    assert_eq!(outcome(&mut picture), Outcome::default());
+    assert_eq!(outcome(&mut picture).desired, DesiredState::default());
     picture.index.namespaces.change(reset(vec![]));
+    // A pod without a known interface must be looked for first.
+    picture.index.pods.change(Change::Apply(annotated("b", "2", "x")));
+    let waiting = outcome(&mut picture);
+    assert_eq!(waiting.desired, DesiredState::default());
+    assert_eq!(waiting.unwired.unwrap().keys().collect::<Vec<_>>(), ["2"]);
+    picture.adopted = true;
     let done = outcome(&mut picture);
     assert!(done.desired.complete);
     assert_eq!(done.desired.pods.len(), 1);
@@ -198,7 +204,7 @@ fn a_finished_pod_is_not_looked_for_but_keeps_the_policy_of_its_interface() {
     picture.index.pods.change(Change::Apply(annotated("b", "2", "x")));
     let done = outcome(&mut picture);
     assert!(done.desired.pods.is_empty());
-    assert_eq!(done.unwired.keys().collect::<Vec<_>>(), ["2"]);
+    assert_eq!(done.unwired.unwrap().keys().collect::<Vec<_>>(), ["2"]);
 }
 
 #[test]
@@ -223,6 +229,16 @@ fn addresses_of_the_runtime_win_and_none_at_all_close_the_door() {
     picture.local.wire("1", local(13), 1);
     let done = outcome(&mut picture);
     assert_eq!((done.desired.pods["1"].ipv4, done.desired.pods["1"].ipv6), (None, None));
+}
+
+#[test]
+fn the_interface_of_a_pod_that_is_no_more_lets_nothing_through() {
+    let mut picture = picture(vec![pod("a", "1")], vec![]);
+    picture.local.wire("gone", local(99), 1);
+    let done = outcome(&mut picture);
+    let closed = &done.desired.pods["gone"];
+    assert_eq!((closed.ifindex, closed.ipv4, closed.ipv6), (99, None, None));
+    assert!(closed.policy.is_none() && !closed.gateway);
 }
 
 #[test]
