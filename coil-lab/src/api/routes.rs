@@ -178,6 +178,7 @@ impl Call<'_> {
             validation: self.request.field_validation()?,
             force: self.request.query.flag("force"),
             part: Part::Main,
+            applied: false,
             warnings: Vec::new(),
         })
     }

@@ -40,6 +40,8 @@ pub struct WriteOptions {
     pub force: bool,
     /// Which part.
     pub part: Part,
+    /// Set by an apply: the managers of fields are up to date already.
+    pub applied: bool,
     /// Texts for `Warning` headers, filled in by the write.
     pub warnings: Vec<String>,
 }
@@ -53,6 +55,7 @@ impl WriteOptions {
             validation: FieldValidation::Ignore,
             force: false,
             part: Part::Main,
+            applied: false,
             warnings: Vec::new(),
         }
     }

@@ -169,8 +169,22 @@ pub(super) fn mark_list(owner: &str, field: &str, schema: &mut Schema) {
     if let Some(keys) = list_keys(owner, field) {
         schema.list = ListKind::Map(keys.iter().map(|&key| key.to_owned()).collect());
         schema.merge_key = keys.first().map(|&key| key.to_owned());
+        if keys.contains(&"protocol") {
+            default_protocol(schema);
+        }
     } else if is_set(owner, field) {
         schema.list = ListKind::Set;
         schema.merge_scalars = true;
     }
+}
+
+/// Ports are told apart by protocol, too, which is TCP unless said otherwise.
+fn default_protocol(list: &mut Schema) {
+    let Some(items) = &list.items else { return };
+    let mut items = (**items).clone();
+    if let Some(protocol) = items.properties.get("protocol") {
+        let protocol = Schema { default: Some("TCP".into()), ..(**protocol).clone() };
+        items.properties.insert("protocol".to_owned(), Arc::new(protocol));
+    }
+    list.items = Some(Arc::new(items));
 }
