@@ -102,11 +102,7 @@ pub(crate) async fn up(options: Options, progress: &impl Fn(&str)) -> Result<Sta
     state.save()?;
     let done = start(&state, progress).await;
     if done.is_err() {
-        // The log is needed to understand the failure, but goes with the rest: keep a copy.
-        let kept = std::env::temp_dir().join("coil-lab-failed.log");
-        if std::fs::copy(paths::supervisor_log(), &kept).is_ok() {
-            progress(&format!("supervisor log kept as {}", kept.display()));
-        }
+        keep_logs(progress);
         if std::env::var_os("COIL_LAB_KEEP_FAILED").is_none()
             && let Err(error) = down::down(progress)
         {
@@ -114,6 +110,26 @@ pub(crate) async fn up(options: Options, progress: &impl Fn(&str)) -> Result<Sta
         }
     }
     done
+}
+
+/// Logs are needed to understand a failure, but go with the rest of the lab: keeps a copy.
+fn keep_logs(progress: &impl Fn(&str)) {
+    let kept = std::env::temp_dir().join("coil-lab-failed");
+    let copy = || -> io::Result<()> {
+        if kept.exists() {
+            std::fs::remove_dir_all(&kept)?;
+        }
+        std::fs::create_dir_all(&kept)?;
+        for entry in std::fs::read_dir(paths::logs())? {
+            let entry = entry?;
+            std::fs::copy(entry.path(), kept.join(entry.file_name()))?;
+        }
+        Ok(())
+    };
+    match copy() {
+        Ok(()) => progress(&format!("logs of the failed lab are kept in {}", kept.display())),
+        Err(error) => progress(&format!("logs of the failed lab are lost: {error}")),
+    }
 }
 
 fn check(options: &Options) -> Result<(), UpError> {

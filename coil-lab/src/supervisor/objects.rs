@@ -39,6 +39,7 @@ pub(super) async fn coil(client: &Client) -> anyhow::Result<()> {
 pub(super) async fn coil_ready(client: &Client, state: &State) -> anyhow::Result<()> {
     let limit = Duration::from_secs(state.options.wait_seconds);
     let begun = Instant::now();
+    let mut told = 0;
     loop {
         let mut waiting = Vec::new();
         for (kind, name, wanted, ready) in [
@@ -55,6 +56,10 @@ pub(super) async fn coil_ready(client: &Client, state: &State) -> anyhow::Result
         }
         if waiting.is_empty() {
             return Ok(());
+        }
+        if begun.elapsed().as_secs() / 5 > told {
+            told = begun.elapsed().as_secs() / 5;
+            super::progress(format!("waiting for {}", waiting.join(", ")));
         }
         if begun.elapsed() > limit {
             bail!("not ready after {} s: {}", limit.as_secs(), waiting.join(", "));
