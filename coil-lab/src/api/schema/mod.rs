@@ -10,8 +10,9 @@ pub mod validate;
 
 use std::collections::BTreeMap;
 use std::collections::HashMap;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
+use ::cel as cel_crate;
 use regex::Regex;
 use serde_json::{Map, Value};
 
@@ -44,6 +45,7 @@ pub enum Additional {
 /// A CEL rule.
 #[derive(Debug, Clone)]
 pub struct Rule {
+    compiled: Arc<OnceLock<Result<cel_crate::Program, String>>>,
     /// Source text.
     pub rule: String,
     /// Text of the violation.
@@ -315,9 +317,15 @@ impl Schema {
 }
 
 impl Rule {
+    /// The compiled rule, or why it does not compile.
+    pub fn program(&self) -> &Result<cel_crate::Program, String> {
+        self.compiled.get_or_init(|| cel::compile(&self.rule))
+    }
+
     fn parse(raw: &Value) -> Self {
         let optional = |key: &str| raw.get(key).and_then(Value::as_str).map(str::to_owned);
         Self {
+            compiled: Arc::default(),
             rule: obj::text(raw, &["rule"]).to_owned(),
             message: obj::text(raw, &["message"]).to_owned(),
             message_expression: optional("messageExpression"),
