@@ -15,16 +15,35 @@ use crate::desired::PodUid;
 use crate::metrics::StateMetrics;
 use crate::state::Snapshot;
 
-/// Waits between attempts that fail.
-const RETRY_MIN: Duration = Duration::from_millis(100);
-const RETRY_MAX: Duration = Duration::from_secs(10);
-/// The maps are read again and compared at this interval.
-const RESYNC: Duration = Duration::from_secs(300);
-/// Time between two steps of the sweeper, and entries that a step looks at.
-const SWEEP: Duration = Duration::from_secs(1);
+/// Entries that one step of the sweeper looks at.
 const SWEEP_BUDGET: usize = 16_384;
-/// Time between two whole sweeps.
-const SWEEP_REST: Duration = Duration::from_secs(10);
+
+/// Intervals of the writer.
+#[derive(Clone, Copy, Debug)]
+struct Pace {
+    /// First wait after an attempt that failed; doubled each time.
+    retry_min: Duration,
+    /// Longest such wait.
+    retry_max: Duration,
+    /// The maps are read again and compared at this interval.
+    resync: Duration,
+    /// Time between two steps of the sweeper.
+    sweep: Duration,
+    /// Time between two whole sweeps.
+    sweep_rest: Duration,
+}
+
+impl Default for Pace {
+    fn default() -> Self {
+        Self {
+            retry_min: Duration::from_millis(100),
+            retry_max: Duration::from_secs(10),
+            resync: Duration::from_secs(300),
+            sweep: Duration::from_secs(1),
+            sweep_rest: Duration::from_secs(10),
+        }
+    }
+}
 
 /// What the datapath holds.
 #[derive(Clone, Debug, Default)]
@@ -47,6 +66,7 @@ pub struct Writer<D> {
     snapshots: watch::Receiver<Snapshot>,
     applied: watch::Sender<Applied>,
     metrics: StateMetrics,
+    pace: Pace,
 }
 
 /// The process is ending in disorder.
@@ -68,16 +88,22 @@ impl<D: Datapath + 'static> Writer<D> {
         metrics: StateMetrics,
     ) -> (Self, watch::Receiver<Applied>) {
         let (applied, receiver) = watch::channel(Applied::default());
-        let writer = Self { datapath: Arc::new(Mutex::new(datapath)), snapshots, applied, metrics };
+        let writer = Self {
+            datapath: Arc::new(Mutex::new(datapath)),
+            snapshots,
+            applied,
+            metrics,
+            pace: Pace::default(),
+        };
         (writer, receiver)
     }
 
     /// Runs until drained. `first` is called when the first desired state holds.
     pub async fn run(mut self, drain: Drain, first: impl FnOnce() + Send) -> Result<(), WriterError> {
         let mut first = Some(first);
-        let mut retry = RETRY_MIN;
-        let mut resync = Instant::now() + RESYNC;
-        let mut sweep = Instant::now() + SWEEP;
+        let mut retry = self.pace.retry_min;
+        let mut resync = Instant::now() + self.pace.resync;
+        let mut sweep = Instant::now() + self.pace.sweep;
         let mut apply: Option<Instant> = None;
         let mut folders = None;
         loop {
@@ -96,7 +122,7 @@ impl<D: Datapath + 'static> Writer<D> {
             }
             let now = Instant::now();
             if now >= resync {
-                resync = now + RESYNC;
+                resync = now + self.pace.resync;
                 self.blocking(Datapath::resync).await?;
                 if self.snapshots.borrow().desired.complete {
                     apply = Some(now);
@@ -104,11 +130,11 @@ impl<D: Datapath + 'static> Writer<D> {
             }
             if apply.is_some_and(|at| now >= at) {
                 if self.apply().await? {
-                    retry = RETRY_MIN;
+                    retry = self.pace.retry_min;
                     apply = None;
                 } else {
                     apply = Some(Instant::now() + retry);
-                    retry = (retry * 2).min(RETRY_MAX);
+                    retry = (retry * 2).min(self.pace.retry_max);
                 }
                 if self.applied.borrow().revision > 0
                     && let Some(first) = first.take()
@@ -128,7 +154,7 @@ impl<D: Datapath + 'static> Writer<D> {
             }
             if now >= sweep {
                 let finished = self.sweep().await?;
-                sweep = Instant::now() + if finished { SWEEP_REST } else { SWEEP };
+                sweep = Instant::now() + if finished { self.pace.sweep_rest } else { self.pace.sweep };
             }
         }
     }
@@ -221,3 +247,6 @@ impl<D: Datapath + 'static> Writer<D> {
         .map_err(WriterError::Panicked)
     }
 }
+
+#[cfg(test)]
+mod tests;
