@@ -65,6 +65,13 @@ pub struct StateHandle {
 pub struct Closed;
 
 impl StateHandle {
+    /// A handle whose changes the test takes itself.
+    #[cfg(test)]
+    pub(crate) fn for_tests() -> (Self, mpsc::Receiver<Input>) {
+        let (sender, inputs) = mpsc::channel(QUEUE);
+        (Self { sender, listings: Arc::default() }, inputs)
+    }
+
     /// Hands over a change.
     pub async fn send(&self, input: Input) -> Result<(), Closed> {
         self.sender.send(input).await.map_err(|_| Closed)

@@ -26,6 +26,8 @@ pub struct EgressView {
     pub client_affinity: bool,
     /// The outer source port follows the flow.
     pub source_port_auto: bool,
+    /// Nothing but its name could be read.
+    pub unreadable: bool,
     /// What is wrong with it; anything here means that some destination is unknown.
     pub problems: Vec<String>,
 }
@@ -58,6 +60,7 @@ impl EgressView {
             clients: spec.clients.clone(),
             client_affinity: spec.session_affinity == SessionAffinity::ClientIP,
             source_port_auto: spec.fou_source_port_auto,
+            unreadable: false,
             problems,
         }
     }
@@ -65,7 +68,7 @@ impl EgressView {
     /// An Egress of which nothing but its name could be read.
     #[must_use]
     pub fn unreadable(key: ObjectKey, error: String) -> Self {
-        Self { key, problems: vec![error], ..Self::default() }
+        Self { key, unreadable: true, problems: vec![error], ..Self::default() }
     }
 
     /// Its name.
@@ -143,9 +146,15 @@ impl Egresses {
         self.synced
     }
 
-    fn apply(&mut self, egress: EgressView) {
+    fn apply(&mut self, mut egress: EgressView) {
         let name = egress.name();
-        self.deleted.remove(&name);
+        let deleted = self.deleted.remove(&name);
+        if egress.unreadable
+            && let Some(known) = self.live.remove(&name).or(deleted)
+        {
+            // What was known goes on to work; the rest of its clients' packets is stopped.
+            egress = EgressView { unreadable: true, problems: egress.problems, ..known };
+        }
         self.live.insert(name, egress);
     }
 
@@ -183,6 +192,23 @@ mod tests {
         assert!(matches!(egresses.get(&name("b")), Found::Deleted(_)));
         egresses.change(Change::Apply(egress("b", &["3.0.0.0/8"])));
         assert!(matches!(egresses.get(&name("b")), Found::Live(_)));
+    }
+
+    #[test]
+    fn one_that_can_no_longer_be_read_keeps_what_was_known() {
+        let mut egresses = Egresses::default();
+        egresses.change(Change::Apply(egress("a", &["10.9.0.0/16"])));
+        let key = egress("a", &[]).key;
+        for _ in 0..2 {
+            egresses.change(Change::Apply(EgressView::unreadable(key.clone(), "no".into())));
+            let Found::Live(view) = egresses.get(&name("a")) else { panic!("it is gone") };
+            assert_eq!(
+                (view.destinations.len(), view.problems.as_slice()),
+                (1, ["no".to_owned()].as_slice())
+            );
+        }
+        egresses.change(Change::Apply(egress("a", &["10.9.0.0/16"])));
+        assert!(matches!(egresses.get(&name("a")), Found::Live(view) if view.problems.is_empty()));
     }
 
     #[test]

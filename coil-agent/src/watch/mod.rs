@@ -226,3 +226,6 @@ fn failed(kind: &'static str, error: &watcher::Error, metrics: &WatchMetrics) {
     metrics.failed(kind);
     tracing::warn!(kind, %error, "the watch is interrupted; what is known stays");
 }
+
+#[cfg(test)]
+mod tests;
