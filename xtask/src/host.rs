@@ -29,6 +29,7 @@ pub const LAB: &[Tool] = &[
     tool("bpftool", "bpftool"),
     tool("kubectl", "kubernetes-client"),
     tool("curl", "curl"),
+    tool("nft", "nftables"),
     tool("/usr/lib/cni/ptp", "containernetworking-plugins"),
     tool("/usr/lib/cni/host-local", "containernetworking-plugins"),
 ];

@@ -5,6 +5,7 @@ mod check;
 mod demo;
 mod ebpf;
 mod host;
+mod image;
 mod lab;
 mod manifests;
 mod process;
@@ -41,6 +42,8 @@ enum Command {
     Bench(bench::Bench),
     /// Writes the generated manifests, or checks that they are fresh
     Manifests(manifests::Manifests),
+    /// Builds the container image as an OCI archive
+    Image(image::Image),
     /// Prints a completion script for a shell
     Completion {
         /// The shell
@@ -69,6 +72,7 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Lab(verb) => verb.run(),
         Command::Bench(verb) => verb.run(),
         Command::Manifests(verb) => verb.run().map(|()| ExitCode::SUCCESS),
+        Command::Image(verb) => verb.run().map(|()| ExitCode::SUCCESS),
         Command::Completion { shell } => {
             clap_complete::generate(shell, &mut Args::command(), "xtask", &mut std::io::stdout());
             Ok(ExitCode::SUCCESS)
