@@ -65,8 +65,9 @@ const LPM_TRIE: u32 = 11;
 
 impl Machine {
     /// Reads the object; `globals` are values of its read-only variables by name.
-    pub fn new(object: &[u8], globals: HashMap<&str, (&[u8], bool)>) -> Result<Self> {
+    pub fn new(object: &[u8], globals: &[(&str, &[u8])]) -> Result<Self> {
         let mut object = Object::parse(object).context("parsing the object")?;
+        let globals = globals.iter().map(|(name, value)| (*name, (*value, true))).collect();
         object.patch_map_data(globals).context("setting globals")?;
         let maps: Vec<(String, Map)> = object.maps.drain().collect();
         let text = object.functions.keys().map(|(section, _)| *section).collect();
@@ -82,7 +83,9 @@ impl Machine {
         let programs = object
             .programs
             .iter()
-            .map(|(name, program)| (name.clone(), object.functions[&program.function_key()].instructions.clone()))
+            .map(|(name, program)| {
+                (name.clone(), object.functions[&program.function_key()].instructions.clone())
+            })
             .collect();
         let mut tables = Vec::new();
         let mut names = HashMap::new();
@@ -117,7 +120,12 @@ impl Machine {
         let index = *self.names.get(map).with_context(|| format!("no map {map}"))?;
         let table = &mut self.tables[index];
         ensure!(key.len() == table.key_size, "{map}: key of {} bytes, not {}", key.len(), table.key_size);
-        ensure!(value.len() == table.value_size, "{map}: value of {} bytes, not {}", value.len(), table.value_size);
+        ensure!(
+            value.len() == table.value_size,
+            "{map}: value of {} bytes, not {}",
+            value.len(),
+            table.value_size
+        );
         table.entries.insert(key.to_vec(), value.into());
         Ok(())
     }
@@ -153,7 +161,8 @@ impl Machine {
                 0x02 | 0x03 => store(&mut registers, insn)?,
                 0x04 | 0x07 => arithmetic(&mut registers, insn)?,
                 _ if insn.code == 0x85 && insn.src_reg() == 1 => {
-                    frames.push((pc, [registers[6], registers[7], registers[8], registers[9], registers[10]]));
+                    frames
+                        .push((pc, [registers[6], registers[7], registers[8], registers[9], registers[10]]));
                     registers[10] -= 512;
                     pc = usize::try_from(pc as i64 + i64::from(insn.imm))?;
                 }
@@ -267,7 +276,8 @@ impl Table {
                     .then(|| self.entries.entry(key.to_vec()).or_insert_with(|| vec![0; size].into()))
             }
             LPM_TRIE => {
-                let best = self.entries.keys().filter(|prefix| covers(prefix, key)).max_by_key(|p| bits(p))?.clone();
+                let best =
+                    self.entries.keys().filter(|prefix| covers(prefix, key)).max_by_key(|p| bits(p))?.clone();
                 self.entries.get_mut(&best)
             }
             _ => self.entries.get_mut(key),
@@ -423,7 +433,8 @@ fn load(registers: &mut [u64; 11], insn: bpf_insn) -> Result<()> {
 fn store(registers: &mut [u64; 11], insn: bpf_insn) -> Result<()> {
     let address = registers[usize::from(insn.dst_reg())].wrapping_add(insn.off as u64);
     let len = size(insn.code);
-    let source = if insn.code & 0x07 == 0x02 { insn.imm as u64 } else { registers[usize::from(insn.src_reg())] };
+    let source =
+        if insn.code & 0x07 == 0x02 { insn.imm as u64 } else { registers[usize::from(insn.src_reg())] };
     if insn.code & 0xe0 != 0xc0 {
         bytes_mut(address, len).copy_from_slice(&source.to_ne_bytes()[..len]);
         return Ok(());
@@ -454,7 +465,11 @@ fn arithmetic(registers: &mut [u64; 11], insn: bpf_insn) -> Result<()> {
     let wide = insn.code & 0x07 == 0x07;
     let dst = usize::from(insn.dst_reg());
     let source = if insn.code & 0x08 != 0 { registers[usize::from(insn.src_reg())] } else { insn.imm as u64 };
-    let (a, b) = if wide { (registers[dst], source) } else { (u64::from(registers[dst] as u32), u64::from(source as u32)) };
+    let (a, b) = if wide {
+        (registers[dst], source)
+    } else {
+        (u64::from(registers[dst] as u32), u64::from(source as u32))
+    };
     let shift = (b & if wide { 63 } else { 31 }) as u32;
     let signed = insn.off == 1;
     let value = match insn.code & 0xf0 {

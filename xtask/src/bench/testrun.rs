@@ -13,7 +13,7 @@ pub fn measure() -> Result<Vec<Figure>> {
     let mut figures = Vec::new();
     let mut unreadable = Vec::new();
     let mut command = cargo();
-    command.args(["bench", "--quiet", "--package", "coil-agent", "--bench", "datapath"]);
+    command.args(["bench", "--quiet", "--profile", "dev", "--package", "coil-agent", "--bench", "datapath"]);
     command.stderr(std::process::Stdio::inherit());
     let succeeded = tee(&mut command, |line| match serde_json::from_str(line) {
         Ok(figure) => figures.push(figure),

@@ -1,0 +1,83 @@
+//! What one packet costs in each program on each path: nanoseconds by `BPF_PROG_TEST_RUN`, warm and
+//! with the cost of measuring taken off, and BPF instructions by executing them (see `instructions`).
+//!
+//! `cargo xtask bench datapath` runs this. Prints one JSON object a line: name, value, unit, goal, ok.
+
+mod instructions;
+mod kernel;
+mod scene;
+
+use anyhow::{Context, Result, ensure};
+
+use instructions::Machine;
+use kernel::Kernel;
+
+/// Runs of each path whose median is told.
+const RUNS: usize = 20_000;
+/// Runs before, which are not counted.
+const WARM: usize = 2_000;
+
+fn main() -> Result<()> {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../target/bpf/coil-ebpf.o");
+    let object =
+        std::fs::read(path).with_context(|| format!("reading {path}: run `cargo xtask build-ebpf`"))?;
+    let config = scene::config();
+    let mut kernel = Kernel::new(&object, &config)?;
+    let globals = [(coil_common::config::CONFIG, bytemuck::bytes_of(&config))];
+    let mut machine = Machine::new(&object, &globals)?;
+    for entry in scene::entries() {
+        kernel.insert(&entry)?;
+    }
+    for path in scene::paths() {
+        let nanoseconds = time(&mut kernel, &path).with_context(|| path.name.clone())?;
+        figure(&format!("{} time", path.name), nanoseconds, "ns");
+
+        machine.clear();
+        for entry in scene::entries() {
+            machine.insert(entry.map, &entry.key, &entry.value)?;
+        }
+        let run =
+            machine.run(path.program, &path.frame, scene::IFINDEX).with_context(|| path.name.clone())?;
+        ensure!(
+            run.action == path.action,
+            "{}: returned {} when counted, not {}",
+            path.name,
+            run.action,
+            path.action
+        );
+        figure(&format!("{} instructions", path.name), run.instructions as f64, "BPF instructions");
+        figure(&format!("{} helpers", path.name), run.helpers as f64, "helper calls");
+    }
+    Ok(())
+}
+
+/// Median time of a path over that of a program that does nothing.
+fn time(kernel: &mut Kernel, path: &scene::Path) -> Result<f64> {
+    let mut samples = Vec::with_capacity(RUNS);
+    let mut nothing = Vec::with_capacity(RUNS);
+    for run in 0..WARM + RUNS {
+        for (map, key) in &path.forget {
+            kernel.remove(map, key)?;
+        }
+        let empty = kernel.run_nothing(&path.frame)?;
+        let (taken, action) = kernel.run(path.program, &path.frame)?;
+        ensure!(action == path.action, "returned {action}, not {}", path.action);
+        if run >= WARM {
+            samples.push(taken);
+            nothing.push(empty);
+        }
+    }
+    Ok(f64::from(median(samples)) - f64::from(median(nothing)))
+}
+
+fn median(mut values: Vec<u32>) -> u32 {
+    values.sort_unstable();
+    values[values.len() / 2]
+}
+
+fn figure(name: &str, value: f64, unit: &str) {
+    println!(
+        "{}",
+        serde_json::json!({ "name": name, "value": value, "unit": unit, "goal": null, "ok": true })
+    );
+}
