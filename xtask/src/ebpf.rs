@@ -101,9 +101,19 @@ pub fn programs(release: bool) -> PathBuf {
 }
 
 /// The cargo that runs this program, in the root.
+///
+/// What `cargo run` tells this program about itself must not reach the inner cargo: build scripts that
+/// watch those variables (ring's does) would run again each time the two take turns.
 pub fn cargo() -> Command {
     let mut command = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     command.current_dir(root());
+    for (name, _) in env::vars_os() {
+        let name = name.to_string_lossy();
+        let told = ["CARGO_PKG_", "CARGO_MANIFEST_", "CARGO_CRATE_", "CARGO_BIN_", "CARGO_PRIMARY_"];
+        if told.iter().any(|prefix| name.starts_with(prefix)) {
+            command.env_remove(&*name);
+        }
+    }
     command
 }
 
