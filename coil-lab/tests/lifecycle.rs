@@ -1,0 +1,198 @@
+//! The lab itself, without Coil: it comes up, runs pods, and leaves nothing behind, whatever was killed.
+
+#![expect(clippy::unwrap_used, reason = "tests")]
+
+use coil_lab::drive::{apply, exec, get, kubectl, pod, until, wait_for};
+use coil_lab::netns::Netns;
+use coil_lab::report::{Peer, Transfer};
+use coil_lab::{Family, Lab, Options, Target, drive, paths, process};
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+/// There is one lab per machine.
+static ONE: Mutex<()> = Mutex::new(());
+
+/// Takes the lab down whatever happens in a test.
+struct Down<'a>(#[expect(dead_code, reason = "held")] MutexGuard<'a, ()>);
+
+impl Drop for Down<'_> {
+    fn drop(&mut self) {
+        if let Err(error) = Lab::down(|_| {}) {
+            eprintln!("clean-up: {error}");
+        }
+    }
+}
+
+fn program() -> &'static str {
+    env!("CARGO_BIN_EXE_coil-lab")
+}
+
+fn options(family: Family) -> Options {
+    Options { family, programs: None, ..Options::with_launcher(vec![program().into()]) }
+}
+
+fn run<F: Future<Output = anyhow::Result<()>>>(test: impl FnOnce() -> F) {
+    let _down = Down(ONE.lock().unwrap_or_else(PoisonError::into_inner));
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    if let Err(error) = runtime.block_on(test()) {
+        let log = std::fs::read_to_string(paths::supervisor_log()).unwrap_or_default();
+        eprintln!("{log}\n{error:#}");
+        std::panic::resume_unwind(Box::new(format!("{error:#}")));
+    }
+}
+
+fn nothing_left() {
+    assert!(Netns::all_of_lab().is_empty(), "namespaces: {:?}", Netns::all_of_lab());
+    assert!(!Path::new(paths::ROOT).exists());
+    assert!(!paths::pins().exists());
+    assert!(process::marked(None).is_empty(), "processes: {:?}", process::marked(None));
+}
+
+/// A pod whose command keeps running, on a node.
+fn runner(name: &str, node: &str, command: &str) -> String {
+    format!(
+        "apiVersion: v1\nkind: Pod\n\
+         metadata: {{name: {name}, namespace: default, annotations: {{lab.coil.cybozu.com/run: \"true\"}}}}\n\
+         spec:\n  nodeName: {node}\n  terminationGracePeriodSeconds: 1\n  containers:\n  \
+         - {{name: main, image: none, command: [sh, -c, \"{command}\"], \
+         env: [{{name: POD_IPS, valueFrom: {{fieldRef: {{fieldPath: status.podIPs}}}}}}]}}\n---\n"
+    )
+}
+
+#[test]
+#[ignore = "privileged: makes network namespaces"]
+fn pods_of_every_family_reach_everything() {
+    for family in [Family::V4, Family::V6, Family::Dual] {
+        run(|| async move {
+            let lab = Lab::up(options(family), |_| {}).await?;
+            let manifest = runner("a", "worker1", "echo $(POD_IPS); exec sleep 1000")
+                + &runner("b", "worker2", "exec sleep 1000");
+            apply(&lab, &manifest).await?;
+            wait_for(&lab, "condition=Ready", "default", &["pod", "a", "b"]).await?;
+            let of = |name: &str| get_addresses(name.to_owned());
+            let (a, b) = (of("a"), of("b"));
+            let families = usize::from(family.v4()) + usize::from(family.v6());
+            assert_eq!((a.len(), b.len()), (families, families));
+            for to in &b {
+                exec(&lab, &pod("default", "a"), &["ping", "-c1", "-W2", &to.to_string()]).await?;
+            }
+            for server in &lab.topology().external.addresses {
+                let server = std::net::SocketAddr::new(*server, 80).to_string();
+                let seen: Peer = drive::ask(&lab, &pod("default", "a"), &["peer", &server]).await?;
+                assert!(a.contains(&seen.peer), "{seen:?} is none of {a:?}");
+            }
+            let server = std::net::SocketAddr::new(lab.topology().external.addresses[0], 80).to_string();
+            for verb in ["upload", "download"] {
+                let arguments = [verb, &server, "--bytes", "5000000"];
+                let done: Transfer = drive::ask(&lab, &pod("default", "b"), &arguments).await?;
+                assert!(done.ok, "{done:?}");
+            }
+            let log = kubectl(&lab, &["logs", "a"], "").await?;
+            let text: Vec<String> = a.iter().map(ToString::to_string).collect();
+            assert_eq!(log.trim(), text.join(","));
+            kubectl(&lab, &["delete", "pod", "a", "b"], "").await?;
+            assert!(Netns::all_of_lab().iter().all(|netns| !netns.name().contains("-pod-")));
+            Lab::down(|_| {})?;
+            nothing_left();
+            Ok(())
+        });
+    }
+}
+
+fn get_addresses(name: String) -> Vec<std::net::IpAddr> {
+    let status = Lab::open().unwrap().status();
+    status.pods.into_iter().find(|pod| pod.name == name).unwrap().addresses
+}
+
+#[test]
+#[ignore = "privileged: makes network namespaces"]
+fn ends_restarts_and_failures_are_told() {
+    run(|| async {
+        let lab = Lab::up(options(Family::Dual), |_| {}).await?;
+        let never =
+            |manifest: String| manifest.replace("  containers:", "  restartPolicy: Never\n  containers:");
+        let manifest = never(runner("good", "worker1", "exit 0"))
+            + &never(runner("bad", "worker1", "exit 3"))
+            + &runner("again", "worker2", "exit 4");
+        apply(&lab, &manifest).await?;
+        for (name, phase) in [("good", "Succeeded"), ("bad", "Failed")] {
+            until(phase, || async {
+                let found = get(&lab, &["pod", name]).await?;
+                anyhow::ensure!(found["status"]["phase"] == phase, "{}", found["status"]);
+                Ok(())
+            })
+            .await?;
+        }
+        let bad = get(&lab, &["pod", "bad"]).await?;
+        assert_eq!(bad["status"]["containerStatuses"][0]["state"]["terminated"]["exitCode"], 3);
+        until("restarts", || async {
+            let found = get(&lab, &["pod", "again"]).await?;
+            let status = &found["status"]["containerStatuses"][0];
+            anyhow::ensure!(status["restartCount"].as_i64() >= Some(2), "{status}");
+            anyhow::ensure!(status["lastState"]["terminated"]["exitCode"] == 4, "{status}");
+            Ok(())
+        })
+        .await
+    });
+}
+
+#[test]
+#[ignore = "privileged: makes network namespaces"]
+fn exec_passes_status_and_pipes_through() {
+    run(|| async {
+        let lab = Lab::up(options(Family::V4), |_| {}).await?;
+        let lab_exec = |target: &str, script: &str| {
+            let mut command = Command::new(program());
+            command.args(["exec", target, "--", "sh", "-c", script]).stdin(Stdio::null());
+            command.output().unwrap()
+        };
+        assert_eq!(lab_exec("node/worker1", "exit 7").status.code(), Some(7));
+        let out = lab_exec("external", "ip -o addr show dev lo");
+        assert!(String::from_utf8_lossy(&out.stdout).contains("203.0.113.10"));
+        let out = lab_exec("node/worker9", "true");
+        assert!(!out.status.success() && String::from_utf8_lossy(&out.stderr).contains("worker1, worker2"));
+        let options = coil_lab::ExecOptions { stdin: b"hello".to_vec(), ..Default::default() };
+        let out = lab.exec(&Target::Router, &["cat"], options).await?;
+        assert_eq!(out.stdout, b"hello");
+        let limit = std::time::Duration::from_millis(300);
+        let options = coil_lab::ExecOptions { limit, ..Default::default() };
+        assert!(lab.exec(&Target::External, &["sleep", "60"], options).await.is_err());
+        Ok(())
+    });
+}
+
+#[test]
+#[ignore = "privileged: makes network namespaces"]
+fn kill_9_of_anything_leaves_nothing() {
+    use nix::sys::signal::Signal::SIGKILL;
+    run(|| async {
+        let lab = Lab::up(options(Family::Dual), |_| {}).await?;
+        // A process that leaves its group and session is still one of the lab's.
+        let manifest = runner("a", "worker1", "setsid sleep 1000 & exec sleep 1000");
+        apply(&lab, &manifest).await?;
+        wait_for(&lab, "condition=Ready", "default", &["pod", "a"]).await?;
+        lab.status().supervisor.unwrap().signal(SIGKILL);
+        until("the supervisor is gone", || async {
+            anyhow::ensure!(!lab.status().supervised);
+            Ok(())
+        })
+        .await?;
+        assert!(Lab::open().is_err());
+        assert!(!process::marked(None).is_empty());
+        Lab::down(|_| {})?;
+        nothing_left();
+
+        // The same with `up` cleaning up, and with the record lost as well.
+        let lab = Lab::up(options(Family::V6), |_| {}).await?;
+        lab.status().supervisor.unwrap().signal(SIGKILL);
+        std::fs::remove_file(paths::state_file())?;
+        let lab = Lab::up(options(Family::V4), |_| {}).await?;
+        assert_eq!(lab.options().family, Family::V4);
+        let other = Lab::up(options(Family::V6), |_| {}).await;
+        assert!(other.unwrap_err().to_string().contains("other options"));
+        Lab::down(|_| {})?;
+        nothing_left();
+        Ok(())
+    });
+}
