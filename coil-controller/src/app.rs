@@ -18,7 +18,7 @@ use crate::args::{Args, EgressArgs, LeaderArgs};
 use crate::metrics::ReconcileMetrics;
 use crate::plan::egress::Settings;
 use crate::programs::coil_controller::NAME;
-use crate::reconcilers::bindings::{Bindings, Watches};
+use crate::reconcilers::bindings::Bindings;
 use crate::reconcilers::egress::{self, Context, Memory};
 
 /// Time for what is under way when the process is told to end.
@@ -45,7 +45,6 @@ pub(crate) async fn run(args: Args) -> anyhow::Result<()> {
 
     let client = kube_client::client(NAME).await?;
     let me = pod_name.clone().unwrap_or_else(hostname);
-    let reconcile_metrics = ReconcileMetrics::register(&registry)?;
     let elector = if leader_elect {
         let config = LeaseConfig::new(leader_elect_namespace, leader_elect_name, unique_identity(&me));
         Some(Elector::new(client.clone(), config, &registry)?)
@@ -58,19 +57,9 @@ pub(crate) async fn run(args: Args) -> anyhow::Result<()> {
             None => own_image(&client, pod_namespace, pod_name).await?,
         };
         drop(starting);
-        let (bindings, watches) = Bindings::new(client.clone());
-        let reporter = Reporter { controller: NAME.to_owned(), instance: Some(me) };
-        let context = Context {
-            recorder: Recorder::new(client.clone(), reporter),
-            client,
-            settings: Settings { image, fou_port: egress_port },
-            clock: Arc::new(SystemClock),
-            bindings: Arc::new(bindings),
-            metrics: reconcile_metrics,
-            memory: Mutex::new(Memory::default()),
-        };
-        tracing::info!(image = context.settings.image, fou_port = context.settings.fou_port, "settings");
-        let work = |drain| controllers(context, watches, registry, drain);
+        let settings = Settings { image, fou_port: egress_port };
+        tracing::info!(image = settings.image, fou_port = settings.fou_port, "settings");
+        let work = |drain| run_controllers(client, settings, me, registry, drain);
         match elector {
             Some(elector) => elector.run(drain, work).await.map_err(anyhow::Error::from),
             None => work(drain).await,
@@ -80,14 +69,29 @@ pub(crate) async fn run(args: Args) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// What only the leader does.
-async fn controllers(
-    context: Context,
-    watches: Watches,
+/// What only the leader does, until drained. `identity` names this process in Events.
+///
+/// # Errors
+/// A metric is registered already.
+pub async fn run_controllers(
+    client: Client,
+    settings: Settings,
+    identity: String,
     registry: Registry,
     drain: Drain,
 ) -> anyhow::Result<()> {
-    let bindings = context.bindings.clone();
+    let (bindings, watches) = Bindings::new(client.clone());
+    let bindings = Arc::new(bindings);
+    let reporter = Reporter { controller: NAME.to_owned(), instance: Some(identity) };
+    let context = Context {
+        recorder: Recorder::new(client.clone(), reporter),
+        client,
+        settings,
+        clock: Arc::new(SystemClock),
+        bindings: bindings.clone(),
+        metrics: ReconcileMetrics::register(&registry)?,
+        memory: Mutex::new(Memory::default()),
+    };
     let egresses = egress::run(Arc::new(context), &registry, drain.clone());
     let (egresses, ()) = tokio::join!(egresses, bindings.run(watches, drain));
     egresses?;

@@ -11,3 +11,5 @@ mod metrics;
 pub mod plan;
 pub mod programs;
 mod reconcilers;
+
+pub use app::run_controllers;

@@ -1,0 +1,172 @@
+//! An API server with the controller running against it.
+
+use std::future::Future;
+use std::path::Path;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+use coil_api::Egress;
+use coil_controller::plan::egress::Settings;
+use coil_lab::api::{ApiConfig, ApiServer};
+use k8s_openapi::api::core::v1::Namespace;
+use k8s_openapi::api::rbac::v1::ClusterRoleBinding;
+use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
+use kube::api::{ObjectMeta, Patch, PatchParams, PostParams};
+use kube::{Api, Client, Config};
+use prometheus::Registry;
+use serde_json::{Value, json};
+
+const DEADLINE: Duration = Duration::from_secs(30);
+
+/// A cluster with the controller.
+pub struct Cluster {
+    client: Client,
+    registry: Registry,
+    tasks: Vec<tokio::task::JoinHandle<()>>,
+    server: Option<std::sync::Arc<ApiServer>>,
+}
+
+impl Cluster {
+    pub async fn start() -> Self {
+        let mut tasks = Vec::new();
+        let (client, server) = match std::env::var_os("COIL_TEST_KUBECONFIG") {
+            Some(path) => (Client::try_from(kubeconfig(Path::new(&path)).await).unwrap(), None),
+            None => {
+                let server = ApiServer::new(ApiConfig::default());
+                let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+                let address = listener.local_addr().unwrap();
+                let serving = server.clone();
+                tasks.push(tokio::spawn(async move { serving.serve(listener).await.unwrap() }));
+                let mut controllers = coil_lab::controllers::start(&server);
+                tasks.push(tokio::spawn(async move { while controllers.join_next().await.is_some() {} }));
+                let config = Config::new(format!("http://{address}").parse().unwrap());
+                (Client::try_from(config).unwrap(), Some(server))
+            }
+        };
+        install(&client).await;
+        let registry = Registry::new();
+        let settings = Settings { image: "coil:test".to_owned(), fou_port: 5555 };
+        let work = coil_controller::run_controllers(
+            client.clone(),
+            settings,
+            "test".to_owned(),
+            registry.clone(),
+            coil_runtime::tasks::Drain::new(),
+        );
+        tasks.push(tokio::spawn(async move { work.await.unwrap() }));
+        Self { client, registry, tasks, server }
+    }
+
+    pub fn client(&self) -> Client {
+        self.client.clone()
+    }
+
+    /// Makes a namespace with a name of its own.
+    pub async fn namespace(&self, prefix: &str) -> String {
+        static NUMBER: AtomicU32 = AtomicU32::new(0);
+        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+        let name = format!("{prefix}-{}-{number}", std::process::id());
+        let metadata = ObjectMeta { name: Some(name.clone()), ..ObjectMeta::default() };
+        let namespace = Namespace { metadata, ..Namespace::default() };
+        Api::all(self.client()).create(&PostParams::default(), &namespace).await.unwrap();
+        name
+    }
+
+    pub async fn egress(&self, namespace: &str, name: &str, extra: Value) {
+        let egress: Egress = serde_json::from_value(egress_object(name, extra)).unwrap();
+        Api::namespaced(self.client(), namespace).create(&PostParams::default(), &egress).await.unwrap();
+    }
+
+    /// Merges into the specification.
+    pub async fn patch(&self, namespace: &str, name: &str, spec: Value) {
+        let api: Api<Egress> = Api::namespaced(self.client(), namespace);
+        let patch = Patch::Merge(json!({ "spec": spec }));
+        api.patch(name, &PatchParams::default(), &patch).await.unwrap();
+    }
+
+    /// Waits until the children are up to date.
+    pub async fn reconciled(&self, namespace: &str, name: &str) {
+        let api: Api<Egress> = Api::namespaced(self.client(), namespace);
+        eventually("reconciled", || async {
+            let egress = api.get(name).await.unwrap();
+            (condition(&egress, "Reconciled") == "True").then_some(())
+        })
+        .await;
+    }
+
+    /// Sum of all series of a metric.
+    pub fn metric(&self, name: &str) -> f64 {
+        let families = self.registry.gather();
+        let metrics = families.iter().filter(|f| f.name() == name).flat_map(|f| f.get_metric());
+        metrics.map(|m| m.get_counter().get_value() + m.get_gauge().get_value()).sum()
+    }
+}
+
+impl Drop for Cluster {
+    fn drop(&mut self) {
+        if let Some(server) = &self.server {
+            server.stop();
+        }
+        for task in &self.tasks {
+            task.abort();
+        }
+    }
+}
+
+pub fn egress_object(name: &str, extra: Value) -> Value {
+    let mut spec = json!({ "destinations": ["0.0.0.0/0", "::/0"] });
+    for (key, value) in extra.as_object().unwrap() {
+        spec[key] = value.clone();
+    }
+    json!({
+        "apiVersion": "coil.cybozu.com/v2", "kind": "Egress", "metadata": { "name": name }, "spec": spec,
+    })
+}
+
+/// Value of a condition, empty if absent.
+pub fn condition(egress: &Egress, kind: &str) -> String {
+    let conditions = egress.status.iter().flat_map(|s| &s.conditions);
+    conditions.filter(|c| c.type_ == kind).map(|c| c.status.clone()).next().unwrap_or_default()
+}
+
+/// Asks again and again until there is an answer.
+pub async fn eventually<T, F, Fut>(what: &str, ask: F) -> T
+where
+    F: Fn() -> Fut,
+    Fut: Future<Output = Option<T>>,
+{
+    let asking = async {
+        loop {
+            if let Some(answer) = ask().await {
+                return answer;
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    tokio::time::timeout(DEADLINE, asking).await.unwrap_or_else(|_| panic!("no {what} within {DEADLINE:?}"))
+}
+
+/// The definition and the binding, from the manifests.
+async fn install(client: &Client) {
+    let manifests = Path::new(env!("CARGO_MANIFEST_DIR")).join("../manifests");
+    let read = |file: &str| -> Vec<Value> {
+        serde_saphyr::from_multiple(&std::fs::read_to_string(manifests.join(file)).unwrap()).unwrap()
+    };
+    let parameters = PatchParams::apply("test").force();
+    let definitions: Api<CustomResourceDefinition> = Api::all(client.clone());
+    for definition in read("crd/coil.cybozu.com_egresses.yaml") {
+        let name = definition["metadata"]["name"].as_str().unwrap().to_owned();
+        definitions.patch(&name, &parameters, &Patch::Apply(&definition)).await.unwrap();
+    }
+    let bindings: Api<ClusterRoleBinding> = Api::all(client.clone());
+    for object in read("rbac/egress.yaml").iter().filter(|o| o["kind"] == "ClusterRoleBinding") {
+        bindings.patch("coil-egress", &parameters, &Patch::Apply(object)).await.unwrap();
+    }
+    let egresses: Api<Egress> = Api::all(client.clone());
+    eventually("Egress API", || async { egresses.list(&kube::api::ListParams::default()).await.ok() }).await;
+}
+
+async fn kubeconfig(path: &Path) -> Config {
+    let kubeconfig = kube::config::Kubeconfig::read_from(path).unwrap();
+    Config::from_custom_kubeconfig(kubeconfig, &kube::config::KubeConfigOptions::default()).await.unwrap()
+}
