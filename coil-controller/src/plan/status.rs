@@ -40,11 +40,9 @@ pub fn status(
     let available = available(deployment);
     let mut list = old.conditions;
     let (valid, reconciled) = from_outcome(outcome);
-    for wanted in [Some(valid), reconciled, Some(ready(egress.spec.replicas, available, deployment))] {
-        if let Some(mut wanted) = wanted {
-            truncate(&mut wanted.message);
-            conditions::set(&mut list, wanted, generation, now.clone());
-        }
+    for mut wanted in [valid, reconciled, ready(egress.spec.replicas, available, deployment)] {
+        truncate(&mut wanted.message);
+        conditions::set(&mut list, wanted, generation, now.clone());
     }
     EgressStatus {
         replicas: Some(available),
@@ -55,7 +53,7 @@ pub fn status(
     }
 }
 
-fn from_outcome(outcome: &Outcome) -> (Wanted, Option<Wanted>) {
+fn from_outcome(outcome: &Outcome) -> (Wanted, Wanted) {
     let accepted = Wanted {
         kind: conditions::VALID,
         status: Status::True,
@@ -70,7 +68,7 @@ fn from_outcome(outcome: &Outcome) -> (Wanted, Option<Wanted>) {
                 reason: conditions::REASON_UP_TO_DATE,
                 message: "all objects of this Egress are up to date".to_owned(),
             };
-            (accepted, Some(reconciled))
+            (accepted, reconciled)
         }
         Outcome::Invalid(violations) => {
             let invalid = Wanted {
@@ -85,7 +83,7 @@ fn from_outcome(outcome: &Outcome) -> (Wanted, Option<Wanted>) {
                 reason: conditions::REASON_INVALID_SPEC,
                 message: "nothing was changed because the specification is invalid".to_owned(),
             };
-            (invalid, Some(untouched))
+            (invalid, untouched)
         }
         Outcome::Failed { reason, message } => {
             let failed = Wanted {
@@ -94,12 +92,12 @@ fn from_outcome(outcome: &Outcome) -> (Wanted, Option<Wanted>) {
                 reason,
                 message: message.clone(),
             };
-            (accepted, Some(failed))
+            (accepted, failed)
         }
     }
 }
 
-/// Egress pods that take traffic. Numbers of an older Deployment of the same name do not count.
+/// Egress pods that take traffic.
 fn available(deployment: Option<&Deployment>) -> i32 {
     deployment.and_then(|d| d.status.as_ref()).and_then(|s| s.available_replicas).unwrap_or(0)
 }

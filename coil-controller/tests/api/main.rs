@@ -231,6 +231,7 @@ async fn somebody_elses_deployment_is_not_touched() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "the embedded API does not run CEL rules yet"]
 async fn the_schema_refuses_what_validation_would() {
     let cluster = Cluster::start().await;
     let namespace = cluster.namespace("internet").await;
