@@ -19,6 +19,7 @@ pub mod obj;
 pub mod openapi;
 pub mod patch;
 pub mod podlog;
+pub mod protobuf;
 pub mod read;
 pub mod registry;
 pub mod request;

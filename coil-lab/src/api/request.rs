@@ -4,6 +4,7 @@ use axum::http::{HeaderMap, Method, Uri, header};
 use serde_json::Value;
 
 use super::error::{ApiError, ApiResult};
+use super::protobuf::ProtobufError;
 
 /// What the path of a resource request names.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -256,6 +257,13 @@ pub fn parse_body(content_type: &str, bytes: &[u8]) -> ApiResult<Body> {
         "application/yaml" | "text/yaml" | "application/x-yaml" => {
             parse_yaml(bytes).map(|value| Body { value, duplicates: Vec::new() })
         }
+        "application/vnd.kubernetes.protobuf" => match super::protobuf::decode(bytes) {
+            Ok(value) => Ok(Body { value, duplicates: Vec::new() }),
+            Err(ProtobufError::Kind(_)) => {
+                Err(ApiError::unsupported_media_type(&["application/json", "application/yaml"]))
+            }
+            Err(error) => Err(ApiError::bad_request(error.to_string())),
+        },
         _ => Err(ApiError::unsupported_media_type(&["application/json", "application/yaml"])),
     }
 }

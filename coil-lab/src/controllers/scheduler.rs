@@ -239,7 +239,10 @@ fn has_port_conflict(spec: &Value, node: &Value, all_pods: &[Arc<Value>]) -> boo
             .iter()
             .flat_map(|container| obj::items(container, &["ports"]))
             .filter_map(|port| {
-                Some((obj::int(port, &["hostPort"])?, obj::text(port, &["protocol"]).to_owned()))
+                Some((
+                    obj::int(port, &["hostPort"]).filter(|&number| number != 0)?,
+                    obj::text(port, &["protocol"]).to_owned(),
+                ))
             })
             .collect()
     };

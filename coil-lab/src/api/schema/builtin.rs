@@ -71,7 +71,15 @@ fn generate() -> Map<String, Value> {
         api::admissionregistration::v1::MutatingWebhookConfiguration,
         api::admissionregistration::v1::ValidatingWebhookConfiguration,
         api::autoscaling::v1::Scale,
+        api::authentication::v1::SelfSubjectReview,
+        api::authentication::v1::TokenRequest,
+        api::authentication::v1::TokenReview,
+        api::authorization::v1::LocalSubjectAccessReview,
         api::authorization::v1::SelfSubjectAccessReview,
+        api::authorization::v1::SelfSubjectRulesReview,
+        api::authorization::v1::SubjectAccessReview,
+        api::core::v1::Binding,
+        k8s_openapi::apimachinery::pkg::apis::meta::v1::DeleteOptions,
         CustomResourceDefinition,
     );
     let mut definitions = generator.take_definitions(true);
