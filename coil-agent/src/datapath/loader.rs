@@ -8,7 +8,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use aya::maps::{Map, MapError};
-use aya::programs::{ProgramError, ProgramFd, SchedClassifier};
+use aya::programs::{ProgramError, ProgramFd, ProgramInfo, SchedClassifier};
 use aya::{Ebpf, EbpfError, EbpfLoader};
 use aya_obj::{Object, ParseError};
 use coil_common::config::{CONFIG, Config};
@@ -99,12 +99,23 @@ pub enum LoadError {
     /// Maps cannot be created.
     #[error("cannot create the maps of the eBPF object")]
     Load(#[source] Box<EbpfError>),
-    /// The kernel's verifier or the attachment refused a program.
-    #[error("the kernel refused program {program}")]
+    /// The kernel's verifier rejected a program.
+    #[error("the kernel rejected program {program}: {log}")]
+    Rejected {
+        /// Its name.
+        program: &'static str,
+        /// The error.
+        #[source]
+        source: io::Error,
+        /// The last lines of the verifier's log; all of it may be hundreds of megabytes.
+        log: String,
+    },
+    /// A program is not what is expected, or cannot be used.
+    #[error("cannot use program {program}")]
     Program {
         /// Its name.
         program: &'static str,
-        /// Why; the verifier's log is in the error's text.
+        /// Why not.
         #[source]
         source: Box<ProgramError>,
     },
@@ -163,7 +174,7 @@ pub(crate) fn load(
     }
     let mut ebpf = loader.load(bytes).map_err(|error| LoadError::Load(Box::new(error)))?;
     for &program in role.programs() {
-        let refused = |source| LoadError::Program { program, source: Box::new(source) };
+        let refused = refused(program);
         let classifier: &mut SchedClassifier = ebpf
             .program_mut(program)
             .ok_or(LoadError::Missing { what: "program", name: program })?
@@ -172,6 +183,21 @@ pub(crate) fn load(
         classifier.load().map_err(refused)?;
     }
     Ok(Loaded { ebpf, sizes: capacities })
+}
+
+/// Lines of the verifier's log that an error carries.
+const LOG_LINES: usize = 12;
+
+fn refused(program: &'static str) -> impl Fn(ProgramError) -> LoadError + Copy {
+    move |error| match error {
+        ProgramError::LoadError { io_error, verifier_log } => {
+            let log = verifier_log.to_string();
+            let mut lines: Vec<&str> = log.lines().rev().take(LOG_LINES).collect();
+            lines.reverse();
+            LoadError::Rejected { program, source: io_error, log: lines.join("\n") }
+        }
+        source => LoadError::Program { program, source: Box::new(source) },
+    }
 }
 
 /// Compares a pin with what it should be; returns its capacity if there is one.
@@ -250,16 +276,25 @@ impl Loaded {
         usize::try_from(size).unwrap_or(usize::MAX)
     }
 
+    /// What the kernel says about a loaded program.
+    pub(crate) fn program_info(&self, program: &'static str) -> Result<ProgramInfo, LoadError> {
+        let refused = refused(program);
+        self.classifier(program)?.info().map_err(refused)
+    }
+
     /// A handle of a loaded program.
     pub(crate) fn program(&self, program: &'static str) -> Result<ProgramFd, LoadError> {
-        let refused = |source| LoadError::Program { program, source: Box::new(source) };
-        let classifier: &SchedClassifier = self
-            .ebpf
+        let refused = refused(program);
+        let fd = self.classifier(program)?.fd().map_err(refused)?;
+        fd.try_clone().map_err(|error| refused(ProgramError::IOError(error)))
+    }
+
+    fn classifier(&self, program: &'static str) -> Result<&SchedClassifier, LoadError> {
+        let refused = refused(program);
+        self.ebpf
             .program(program)
             .ok_or(LoadError::Missing { what: "program", name: program })?
             .try_into()
-            .map_err(refused)?;
-        let fd = classifier.fd().map_err(refused)?;
-        fd.try_clone().map_err(|error| refused(ProgramError::IOError(error)))
+            .map_err(refused)
     }
 }

@@ -36,6 +36,7 @@ use std::collections::BTreeSet;
 use std::net::{Ipv4Addr, Ipv6Addr};
 use std::path::PathBuf;
 
+use aya::programs::{ProgramFd, ProgramInfo};
 use coil_common::config::Config;
 use coil_common::names;
 use nix::time::{ClockId, clock_gettime};
@@ -208,7 +209,7 @@ pub struct NodeDatapath {
     fill: MapFill,
     flow_capacity: [usize; 2],
     /// Keeps the programs loaded.
-    _loaded: Loaded,
+    loaded: Loaded,
 }
 
 impl NodeDatapath {
@@ -260,8 +261,18 @@ impl NodeDatapath {
             flows,
             fill: MapFill::new(&capacities),
             flow_capacity,
-            _loaded: loaded,
+            loaded,
         })
+    }
+
+    /// What the kernel says about a program of the node.
+    pub fn program_info(&self, program: &'static str) -> Result<ProgramInfo, DatapathError> {
+        Ok(self.loaded.program_info(program)?)
+    }
+
+    /// A program of the node, for test runs.
+    pub fn program(&self, program: &'static str) -> Result<ProgramFd, DatapathError> {
+        Ok(self.loaded.program(program)?)
     }
 
     /// Exports counters of the kernel; does not depend on the datapath's life.

@@ -52,6 +52,7 @@ impl MapState {
 
 /// One change of a map.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[expect(clippy::large_enum_variant, reason = "lists of these are short, and live shortly")]
 pub(crate) enum MapOp {
     SetGateway(u32, GatewayValue),
     SetPeer4(PeerKey4, u32),

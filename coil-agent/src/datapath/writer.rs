@@ -181,6 +181,7 @@ pub(crate) mod fake {
 
     /// What happened, in order.
     #[derive(Clone, Debug, PartialEq, Eq)]
+    #[expect(clippy::large_enum_variant, reason = "tests")]
     pub(crate) enum Event {
         Op(MapOp),
         Attach(u32),

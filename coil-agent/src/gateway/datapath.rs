@@ -5,6 +5,7 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 
 use aya::maps::{HashMap, MapData};
+use aya::programs::{ProgramFd, ProgramInfo};
 use coil_common::config::{CONFIG_SOURCE_PORT_AUTO, Config};
 use coil_common::keys::{ClientKey4, ClientKey6};
 use coil_common::names;
@@ -21,23 +22,31 @@ use crate::datapath::{DatapathError, LoadError, MapAccessError, Role};
 
 /// How a gateway's datapath is opened.
 #[derive(Clone, Debug)]
-pub(crate) struct GatewayOptions {
-    pub(crate) bpffs_root: PathBuf,
+pub struct GatewayOptions {
+    /// Folder for pins, on a BPF file system; one is mounted there if need be.
+    pub bpffs_root: PathBuf,
     /// Name of the folder of pins.
-    pub(crate) pin_name: String,
-    pub(crate) addresses: PodAddresses,
-    pub(crate) fou_port: u16,
-    pub(crate) source_port_auto: bool,
-    pub(crate) ports: NatPorts,
-    /// Index and MTU of the interface.
-    pub(crate) ifindex: u32,
-    pub(crate) mtu: u32,
-    pub(crate) max_nat: u32,
+    pub pin_name: String,
+    /// Addresses of the pod, which translation uses.
+    pub addresses: PodAddresses,
+    /// UDP port of FOU.
+    pub fou_port: u16,
+    /// The outer source port of replies follows the flow.
+    pub source_port_auto: bool,
+    /// Ports for translation.
+    pub ports: NatPorts,
+    /// Index of the interface.
+    pub ifindex: u32,
+    /// Its MTU.
+    pub mtu: u32,
+    /// Translations of one family that fit.
+    pub max_nat: u32,
 }
 
 /// The gateway's datapath.
-pub(crate) struct GatewayDatapath {
-    pub(crate) clients: ClientMaps,
+pub struct GatewayDatapath {
+    /// The allow-list.
+    pub clients: ClientMaps,
     pub(crate) nat_v4: NatMaps<V4>,
     pub(crate) nat_v6: NatMaps<V6>,
     /// Where the maps are pinned.
@@ -48,7 +57,7 @@ pub(crate) struct GatewayDatapath {
 
 impl GatewayDatapath {
     /// Loads and attaches the program, over the maps of an earlier run if there are any.
-    pub(crate) fn open(options: &GatewayOptions) -> Result<Self, DatapathError> {
+    pub fn open(options: &GatewayOptions) -> Result<Self, DatapathError> {
         let GatewayOptions {
             bpffs_root,
             pin_name,
@@ -96,10 +105,20 @@ impl GatewayDatapath {
             loaded,
         })
     }
+
+    /// What the kernel says about the program.
+    pub fn program_info(&self) -> Result<ProgramInfo, LoadError> {
+        self.loaded.program_info(names::PROGRAM_GATEWAY)
+    }
+
+    /// The program, for test runs.
+    pub fn program(&self) -> Result<ProgramFd, LoadError> {
+        self.loaded.program(names::PROGRAM_GATEWAY)
+    }
 }
 
 /// The allow-list of clients.
-pub(crate) struct ClientMaps {
+pub struct ClientMaps {
     v4: HashMap<MapData, ClientKey4, ClientValue>,
     v6: HashMap<MapData, ClientKey6, ClientValue>,
     /// What the maps hold; `None` if it must be read.
@@ -136,7 +155,7 @@ impl ClientMaps {
 
     /// Makes the maps hold `wanted`; more than that until the picture is complete. Returns how many
     /// addresses came and went.
-    pub(crate) fn sync(
+    pub fn sync(
         &mut self,
         wanted: &BTreeSet<IpAddr>,
         complete: bool,

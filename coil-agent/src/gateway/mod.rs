@@ -7,10 +7,10 @@ pub mod app;
 pub mod args;
 mod clients;
 mod collect;
-mod datapath;
+pub mod datapath;
 mod metrics;
 mod nat;
-mod ports;
+pub mod ports;
 mod watch;
 
 /// The interface of an egress pod, as all pods name it.

@@ -15,10 +15,11 @@ const FIRST: u16 = 1024;
 
 /// Ports that translation may use.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct NatPorts {
-    pub(crate) range: RangeInclusive<u16>,
+pub struct NatPorts {
+    /// All of them.
+    pub range: RangeInclusive<u16>,
     /// Ports in the range that servers of this pod listen on; 0 for none.
-    pub(crate) excluded: [u16; 5],
+    pub excluded: [u16; 5],
 }
 
 /// Divides the ports: moves own connections out of the way, or keeps out of theirs if that is not

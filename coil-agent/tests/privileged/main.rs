@@ -1,0 +1,10 @@
+//! Tests of the agent's datapath in a real kernel. They need root and the eBPF object, make name spaces
+//! and BPF file systems of their own, and are run by `cargo xtask test`.
+
+mod hostile;
+mod netlink;
+mod pins;
+mod restart;
+mod support;
+mod traffic;
+mod verifier;
