@@ -26,10 +26,7 @@ pub const fn fold(sum: u32) -> u16 {
 #[inline(always)]
 #[must_use]
 pub const fn delta2(old: [u8; 2], new: [u8; 2]) -> u32 {
-    add(
-        !(u16::from_ne_bytes(old) as u32),
-        u16::from_ne_bytes(new) as u32,
-    )
+    add(!(u16::from_ne_bytes(old) as u32), u16::from_ne_bytes(new) as u32)
 }
 
 /// Delta of a 32-bit word at an even offset.

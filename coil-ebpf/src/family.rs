@@ -2,6 +2,7 @@
 
 use core::fmt::Debug;
 
+use bytemuck::Pod;
 use coil_common::{
     config::Config,
     keys::{FlowKey4, FlowKey6},
@@ -15,13 +16,15 @@ use crate::{csum, packet::Packet};
 pub trait Family: Copy + Debug + PartialEq + Eq + 'static {
     /// An address: words in the order of memory, so that they are copied and compared as such.
     type Addr: Copy + Debug + PartialEq + Eq;
-    /// Key of flow and translation tables.
-    type Key: Copy + Debug + PartialEq + Eq;
+    /// Key of flow and translation tables, as it is shared.
+    type Key: Copy + Debug + PartialEq + Eq + Pod;
+    /// The same in words: stored byte by byte it would cost a call for each run of zeros.
+    type KeyWords: Copy + Debug + PartialEq + Eq + Pod;
     /// Value of translation tables.
     type Nat: Copy + Debug + PartialEq + Eq;
-    /// An IP header without options and eight bytes after it: the outer headers of a tunnelled
+    /// Words of an IP header without options and eight bytes after it: the outer headers of a tunnelled
     /// packet or the start of an ICMP error.
-    type Head: Copy + Debug + PartialEq + Eq + AsRef<[u8]>;
+    type Head: Copy + Debug + PartialEq + Eq + Pod;
 
     /// 0 for IPv4, 1 for IPv6, as in the index of an egress.
     const INDEX: u32;
@@ -67,9 +70,21 @@ pub trait Family: Copy + Debug + PartialEq + Eq + 'static {
         src_port: [u8; 2],
         dst_port: [u8; 2],
         protocol: u8,
-    ) -> Self::Key;
-    /// Writes the destination port of a key.
-    fn set_dst_port(key: &mut Self::Key, port: [u8; 2]);
+    ) -> Self::KeyWords;
+    /// The source of a key.
+    fn key_src(key: &Self::KeyWords) -> Self::Addr;
+    /// The destination of a key.
+    fn key_dst(key: &Self::KeyWords) -> Self::Addr;
+    /// Source and destination port of a key.
+    fn key_ports(key: &Self::KeyWords) -> ([u8; 2], [u8; 2]);
+    /// A hash of a key.
+    fn hash(seed: u64, key: &Self::KeyWords) -> u64;
+    /// Writes the ports of a key.
+    fn set_ports(key: &mut Self::KeyWords, src_port: [u8; 2], dst_port: [u8; 2]);
+    /// Writes the source of a key, and the ports, which share a word.
+    fn set_src(key: &mut Self::KeyWords, src: &Self::Addr, src_port: [u8; 2], dst_port: [u8; 2]);
+    /// Writes the destination of a key, and the ports, which share a word.
+    fn set_dst(key: &mut Self::KeyWords, dst: &Self::Addr, src_port: [u8; 2], dst_port: [u8; 2]);
     /// A fresh translation.
     fn translation(addr: &Self::Addr, port: [u8; 2], state: u32, now: u32) -> Self::Nat;
     /// Equality in whole words.
@@ -128,6 +143,33 @@ pub fn bytes6(addr: [u32; 4]) -> [u8; 16] {
     bytemuck::cast(addr)
 }
 
+/// Zero, hidden from the compiler, which makes a run of zeros a call that writes byte by byte.
+#[inline(always)]
+fn zero() -> u64 {
+    core::hint::black_box(0)
+}
+
+/// The word of a key that holds the ports.
+#[inline(always)]
+const fn ports(src_port: [u8; 2], dst_port: [u8; 2]) -> u32 {
+    let [a, b] = src_port;
+    let [c, d] = dst_port;
+    u32::from_ne_bytes([a, b, c, d])
+}
+
+/// The inverse of [`ports`].
+#[inline(always)]
+const fn split_ports(word: u32) -> ([u8; 2], [u8; 2]) {
+    let [a, b, c, d] = word.to_ne_bytes();
+    ([a, b], [c, d])
+}
+
+/// The word of a key that holds the protocol.
+#[inline(always)]
+const fn protocol_word(protocol: u8) -> u32 {
+    u32::from_ne_bytes([protocol, 0, 0, 0])
+}
+
 /// Byte `index` of an IPv4 address.
 #[inline(always)]
 const fn byte4(addr: u32, index: u32) -> u32 {
@@ -137,8 +179,9 @@ const fn byte4(addr: u32, index: u32) -> u32 {
 impl Family for V4 {
     type Addr = u32;
     type Key = FlowKey4;
+    type KeyWords = [u32; 4];
     type Nat = NatValue4;
-    type Head = [u8; 28];
+    type Head = [u32; 7];
 
     const INDEX: u32 = 0;
     const HEADER: usize = 20;
@@ -176,19 +219,45 @@ impl Family for V4 {
     }
 
     #[inline(always)]
-    fn key(
-        src: &u32,
-        dst: &u32,
-        src_port: [u8; 2],
-        dst_port: [u8; 2],
-        protocol: u8,
-    ) -> FlowKey4 {
-        FlowKey4 { src: src.to_ne_bytes(), dst: dst.to_ne_bytes(), src_port, dst_port, protocol, pad: [0; 3] }
+    fn key(src: &u32, dst: &u32, src_port: [u8; 2], dst_port: [u8; 2], protocol: u8) -> [u32; 4] {
+        [*src, *dst, ports(src_port, dst_port), protocol_word(protocol)]
     }
 
     #[inline(always)]
-    fn set_dst_port(key: &mut Self::Key, port: [u8; 2]) {
-        key.dst_port = port;
+    fn key_src(key: &[u32; 4]) -> u32 {
+        key[0]
+    }
+
+    #[inline(always)]
+    fn key_dst(key: &[u32; 4]) -> u32 {
+        key[1]
+    }
+
+    #[inline(always)]
+    fn key_ports(key: &[u32; 4]) -> ([u8; 2], [u8; 2]) {
+        split_ports(key[2])
+    }
+
+    #[inline(always)]
+    fn hash(seed: u64, key: &[u32; 4]) -> u64 {
+        mix(mix(mix(mix(seed, key[0]), key[1]), key[2]), key[3])
+    }
+
+    #[inline(always)]
+    fn set_ports(key: &mut [u32; 4], src_port: [u8; 2], dst_port: [u8; 2]) {
+        key[2] = ports(src_port, dst_port);
+    }
+
+    #[inline(always)]
+    fn set_src(key: &mut [u32; 4], src: &u32, src_port: [u8; 2], dst_port: [u8; 2]) {
+        key[0] = *src;
+        key[2] = ports(src_port, dst_port);
+    }
+
+    #[inline(always)]
+    fn set_dst(key: &mut [u32; 4], dst: &u32, src_port: [u8; 2], dst_port: [u8; 2]) {
+        key[1] = *dst;
+        key[2] = ports(src_port, dst_port);
     }
 
     #[inline(always)]
@@ -201,8 +270,8 @@ impl Family for V4 {
             last_seen: now,
             created: now,
             reserved: 0,
-            packets: 0,
-            bytes: 0,
+            packets: zero(),
+            bytes: zero(),
         }
     }
 
@@ -258,8 +327,9 @@ const fn is_link_local(addr: &[u32; 4]) -> bool {
 impl Family for V6 {
     type Addr = [u32; 4];
     type Key = FlowKey6;
+    type KeyWords = [u32; 10];
     type Nat = NatValue6;
-    type Head = [u8; 48];
+    type Head = [u32; 12];
 
     const INDEX: u32 = 1;
     const HEADER: usize = 40;
@@ -295,19 +365,50 @@ impl Family for V6 {
     }
 
     #[inline(always)]
-    fn key(
-        src: &[u32; 4],
-        dst: &[u32; 4],
-        src_port: [u8; 2],
-        dst_port: [u8; 2],
-        protocol: u8,
-    ) -> FlowKey6 {
-        FlowKey6 { src: bytes6(*src), dst: bytes6(*dst), src_port, dst_port, protocol, pad: [0; 3] }
+    fn key(src: &[u32; 4], dst: &[u32; 4], src_port: [u8; 2], dst_port: [u8; 2], protocol: u8) -> [u32; 10] {
+        let [s0, s1, s2, s3] = *src;
+        let [d0, d1, d2, d3] = *dst;
+        let ports = ports(src_port, dst_port);
+        [s0, s1, s2, s3, d0, d1, d2, d3, ports, protocol_word(protocol)]
     }
 
     #[inline(always)]
-    fn set_dst_port(key: &mut Self::Key, port: [u8; 2]) {
-        key.dst_port = port;
+    fn key_src(key: &[u32; 10]) -> [u32; 4] {
+        [key[0], key[1], key[2], key[3]]
+    }
+
+    #[inline(always)]
+    fn key_dst(key: &[u32; 10]) -> [u32; 4] {
+        [key[4], key[5], key[6], key[7]]
+    }
+
+    #[inline(always)]
+    fn key_ports(key: &[u32; 10]) -> ([u8; 2], [u8; 2]) {
+        split_ports(key[8])
+    }
+
+    #[inline(always)]
+    fn hash(seed: u64, key: &[u32; 10]) -> u64 {
+        let src = mix(mix(mix(mix(seed, key[0]), key[1]), key[2]), key[3]);
+        let dst = mix(mix(mix(mix(src, key[4]), key[5]), key[6]), key[7]);
+        mix(mix(dst, key[8]), key[9])
+    }
+
+    #[inline(always)]
+    fn set_ports(key: &mut [u32; 10], src_port: [u8; 2], dst_port: [u8; 2]) {
+        key[8] = ports(src_port, dst_port);
+    }
+
+    #[inline(always)]
+    fn set_src(key: &mut [u32; 10], src: &[u32; 4], src_port: [u8; 2], dst_port: [u8; 2]) {
+        [key[0], key[1], key[2], key[3]] = *src;
+        key[8] = ports(src_port, dst_port);
+    }
+
+    #[inline(always)]
+    fn set_dst(key: &mut [u32; 10], dst: &[u32; 4], src_port: [u8; 2], dst_port: [u8; 2]) {
+        [key[4], key[5], key[6], key[7]] = *dst;
+        key[8] = ports(src_port, dst_port);
     }
 
     #[inline(always)]
@@ -319,17 +420,14 @@ impl Family for V6 {
             state,
             last_seen: now,
             created: now,
-            packets: 0,
-            bytes: 0,
+            packets: zero(),
+            bytes: zero(),
         }
     }
 
     #[inline(always)]
     fn same(a: &[u32; 4], b: &[u32; 4]) -> bool {
-        a[0] == b[0]
-            && a[1] == b[1]
-            && a[2] == b[2]
-            && a[3] == b[3]
+        a[0] == b[0] && a[1] == b[1] && a[2] == b[2] && a[3] == b[3]
     }
 
     #[inline(always)]
@@ -344,8 +442,7 @@ impl Family for V6 {
 
     #[inline(always)]
     fn is_local_scope(addr: &[u32; 4]) -> bool {
-        let unspecified_or_loopback = addr[0] | addr[1] | addr[2] == 0
-            && u32::from_be(addr[3]) <= 1;
+        let unspecified_or_loopback = addr[0] | addr[1] | addr[2] == 0 && u32::from_be(addr[3]) <= 1;
         u32::from_be(addr[0]) >> 24 == 0xff || is_link_local(addr) || unspecified_or_loopback
     }
 
@@ -363,22 +460,13 @@ impl Family for V6 {
     #[inline(always)]
     fn delta(old: &[u32; 4], new: &[u32; 4]) -> u32 {
         csum::add(
-            csum::add(
-                csum::add(!old[0], new[0]),
-                csum::add(!old[1], new[1]),
-            ),
-            csum::add(
-                csum::add(!old[2], new[2]),
-                csum::add(!old[3], new[3]),
-            ),
+            csum::add(csum::add(!old[0], new[0]), csum::add(!old[1], new[1])),
+            csum::add(csum::add(!old[2], new[2]), csum::add(!old[3], new[3])),
         )
     }
 
     #[inline(always)]
     fn sum(addr: &[u32; 4]) -> u32 {
-        csum::add(
-            csum::add(addr[0], addr[1]),
-            csum::add(addr[2], addr[3]),
-        )
+        csum::add(csum::add(addr[0], addr[1]), csum::add(addr[2], addr[3]))
     }
 }

@@ -4,50 +4,93 @@ use crate::family::{Family, mix};
 
 /// A flow as one direction sees it: the sender first. For ICMP echo the identifier stands in the
 /// port of the side that asked, as [`coil_common::keys::FlowKey4`] says.
+///
+/// It is nothing but the key of tables in words: kernel programs have no room for both.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Flow<F: Family> {
-    /// Source address.
-    pub src: F::Addr,
-    /// Destination address.
-    pub dst: F::Addr,
-    /// Source port.
-    pub src_port: [u8; 2],
-    /// Destination port.
-    pub dst_port: [u8; 2],
-    /// IP protocol number.
-    pub protocol: u8,
+    key: F::KeyWords,
 }
 
 impl<F: Family> Flow<F> {
+    /// A flow from its parts.
+    #[inline(always)]
+    #[must_use]
+    pub fn new(src: &F::Addr, dst: &F::Addr, src_port: [u8; 2], dst_port: [u8; 2], protocol: u8) -> Self {
+        Self { key: F::key(src, dst, src_port, dst_port, protocol) }
+    }
+
     /// The key of tables.
     #[inline(always)]
     #[must_use]
-    pub fn key(&self) -> F::Key {
-        F::key(&self.src, &self.dst, self.src_port, self.dst_port, self.protocol)
+    pub const fn key(&self) -> &F::KeyWords {
+        &self.key
+    }
+
+    /// Source address.
+    #[inline(always)]
+    #[must_use]
+    pub fn src(&self) -> F::Addr {
+        F::key_src(&self.key)
+    }
+
+    /// Destination address.
+    #[inline(always)]
+    #[must_use]
+    pub fn dst(&self) -> F::Addr {
+        F::key_dst(&self.key)
+    }
+
+    /// Source port.
+    #[inline(always)]
+    #[must_use]
+    pub fn src_port(&self) -> [u8; 2] {
+        F::key_ports(&self.key).0
+    }
+
+    /// Destination port.
+    #[inline(always)]
+    #[must_use]
+    pub fn dst_port(&self) -> [u8; 2] {
+        F::key_ports(&self.key).1
     }
 
     /// The flow of the opposite direction.
     #[inline(always)]
     #[must_use]
     pub fn reversed(&self) -> Self {
-        Self {
-            src: self.dst,
-            dst: self.src,
-            src_port: self.dst_port,
-            dst_port: self.src_port,
-            protocol: self.protocol,
-        }
+        let (src_port, dst_port) = F::key_ports(&self.key);
+        let mut reversed = *self;
+        F::set_dst(&mut reversed.key, &self.src(), dst_port, src_port);
+        F::set_src(&mut reversed.key, &self.dst(), dst_port, src_port);
+        reversed
+    }
+
+    /// Gives it another source.
+    #[inline(always)]
+    pub fn set_src(&mut self, src: &F::Addr, port: [u8; 2]) {
+        let dst_port = self.dst_port();
+        F::set_src(&mut self.key, src, port, dst_port);
+    }
+
+    /// Gives it another destination.
+    #[inline(always)]
+    pub fn set_dst(&mut self, dst: &F::Addr, port: [u8; 2]) {
+        let src_port = self.src_port();
+        F::set_dst(&mut self.key, dst, src_port, port);
+    }
+
+    /// Gives it another destination port.
+    #[inline(always)]
+    pub fn set_dst_port(&mut self, port: [u8; 2]) {
+        let src_port = self.src_port();
+        F::set_ports(&mut self.key, src_port, port);
     }
 
     /// A hash of the whole flow.
     #[inline(always)]
     #[must_use]
     pub fn hash(&self, seed: u32) -> Hash {
-        let [a, b] = self.src_port;
-        let [c, d] = self.dst_port;
-        let hash = F::mix(F::mix(u64::from(seed), &self.src), &self.dst);
-        let hash = mix(hash, u32::from_ne_bytes([a, b, c, d]));
-        Hash(mix(hash, u32::from(self.protocol)))
+        Hash(F::hash(u64::from(seed), &self.key))
     }
 }
 
@@ -79,11 +122,11 @@ impl Hash {
         (((self.0 & 0xffff_ffff) * bound as u64) >> 32) as u16
     }
 
-    /// Another number below `bound`, from other bits.
+    /// All of it.
     #[inline(always)]
     #[must_use]
-    pub const fn below_again(self, bound: u16) -> u16 {
-        (((self.0 >> 32) * bound as u64) >> 32) as u16
+    pub const fn bits64(self) -> u64 {
+        self.0
     }
 }
 

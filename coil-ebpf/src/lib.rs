@@ -18,4 +18,3 @@ pub mod packet;
 pub mod parse;
 pub mod tables;
 pub mod verdict;
-

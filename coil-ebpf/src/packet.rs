@@ -2,6 +2,8 @@
 
 use coil_common::stats::DropReason;
 
+use crate::parse::{ip, mss};
+
 /// Length of an Ethernet header. VLAN tags are in the metadata of a packet when TC sees it.
 pub const ETHERNET: usize = 14;
 
@@ -36,4 +38,17 @@ pub trait Packet {
 
     /// Number of segments of a GSO packet, 0 if unknown.
     fn gso_segments(&self) -> u32;
+
+    /// Walks over IPv6 extension headers; see [`ip::walk`]. A method so that a kernel program can keep
+    /// the loop in a function that the verifier looks at once.
+    #[inline(always)]
+    fn walk_extensions(&mut self, at: usize, next: u8, room: usize) -> ip::Extensions {
+        ip::walk(self, at, next, room)
+    }
+
+    /// Looks for the MSS option of a TCP header; see [`mss::find`] and [`Packet::walk_extensions`].
+    #[inline(always)]
+    fn find_mss(&mut self, at: usize, header: usize) -> Option<mss::MssOption> {
+        mss::find(self, at, header)
+    }
 }

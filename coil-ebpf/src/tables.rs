@@ -56,7 +56,7 @@ pub trait NodeTables<F: Family>: Clock {
     /// The address is a gateway of the set.
     fn is_peer(&self, set: u32, addr: &F::Addr) -> bool;
     /// A flow, keyed as the pod sends.
-    fn flow(&self, key: &F::Key) -> Option<Self::Flow>;
+    fn flow(&self, key: &F::KeyWords) -> Option<Self::Flow>;
     /// Its contents; counters may be torn.
     fn flow_value(&self, flow: Self::Flow) -> FlowValue;
     /// Adds a flow, or replaces it with fresh counters.
@@ -64,7 +64,7 @@ pub trait NodeTables<F: Family>: Clock {
     /// # Errors
     ///
     /// [`Full`] if the table has no room.
-    fn put_flow(&self, key: &F::Key, value: &FlowValue) -> Result<(), Full>;
+    fn put_flow(&self, key: &F::KeyWords, value: &FlowValue) -> Result<(), Full>;
     /// Writes the decision of a flow (set, egress, gateway and its generation) and keeps the rest.
     fn decide_flow(&self, flow: Self::Flow, value: &FlowValue);
     /// Forgets the `STATE_*` bits of a flow: the same ports start over.
@@ -86,6 +86,8 @@ pub struct Translation<F: Family> {
     pub state: u32,
     /// Seconds since boot of the last packet.
     pub last_seen: u32,
+    /// Some packet was counted.
+    pub used: bool,
 }
 
 /// Who owns the external address and its ports: a gateway its own; later, a node a leased block.
@@ -106,9 +108,9 @@ pub trait NatTables<F: Family>: Clock {
     /// The address is a client.
     fn is_client(&self, addr: &F::Addr) -> bool;
     /// A translation from a client, keyed as it sends.
-    fn forward(&self, key: &F::Key) -> Option<Self::Entry>;
+    fn forward(&self, key: &F::KeyWords) -> Option<Self::Entry>;
     /// A translation of replies, keyed as the remote sends.
-    fn reverse(&self, key: &F::Key) -> Option<Self::Entry>;
+    fn reverse(&self, key: &F::KeyWords) -> Option<Self::Entry>;
     /// The contents of an entry.
     fn translation(&self, entry: Self::Entry) -> Translation<F>;
     /// Adds a reverse entry if there is none: this takes the port.
@@ -116,15 +118,15 @@ pub trait NatTables<F: Family>: Clock {
     /// # Errors
     ///
     /// [`ReserveError`] if another flow has it, or there is no room.
-    fn reserve(&self, key: &F::Key, value: &F::Nat) -> Result<(), ReserveError>;
+    fn reserve(&self, key: &F::KeyWords, value: &F::Nat) -> Result<(), ReserveError>;
     /// Gives a reservation up.
-    fn release(&self, key: &F::Key);
+    fn release(&self, key: &F::KeyWords);
     /// Adds or replaces a forward entry.
     ///
     /// # Errors
     ///
     /// [`Full`] if the table has no room.
-    fn put_forward(&self, key: &F::Key, value: &F::Nat) -> Result<(), Full>;
+    fn put_forward(&self, key: &F::KeyWords, value: &F::Nat) -> Result<(), Full>;
     /// Forgets the `STATE_*` bits of an entry: the same ports start over.
     fn restart(&self, entry: Self::Entry);
     /// Counts a packet of an entry.

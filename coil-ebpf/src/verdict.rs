@@ -4,28 +4,30 @@
 //! first, then corrects checksums, then removes outer headers, then adds new ones: so no offset
 //! ever moves under its user.
 
-use coil_common::stats::DropReason;
+use coil_common::{config::Config, stats::DropReason};
 
 use crate::{
+    csum,
     family::Family,
     head::{TooBig, Tunnel},
+    packet::{ETHERNET, Packet},
     parse::{Ip, mss::MssEdit},
 };
 
 /// What is to happen to a packet, and how it counts if that succeeds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Verdict<F: Family, A> {
+pub enum Verdict<A> {
     /// It goes on as it is.
     Pass,
     /// It goes on changed as the [`Rewrite`] says that was handed in to be filled (a copy of it here
     /// would not fit on the small stack of a kernel program), and is counted.
     Rewrite(A),
     /// It is dropped, and its sender gets an ICMP error.
-    TooBig(Refusal<F>),
+    TooBig(Refusal),
 }
 
 /// The verdict, or why the packet is dropped.
-pub type Decision<F, A> = Result<Verdict<F, A>, DropReason>;
+pub type Decision<A> = Result<Verdict<A>, DropReason>;
 
 /// Where a rewritten packet goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,8 +43,8 @@ pub enum Way {
 pub struct Rewrite<F: Family> {
     /// Changes of the (inner) IP header at this offset.
     pub ip: IpEdit<F>,
-    /// A port or identifier to write.
-    pub port: Option<(usize, [u8; 2])>,
+    /// A port or identifier.
+    pub port: Option<PortEdit>,
     /// The MSS option.
     pub mss: Option<MssEdit>,
     /// Corrections of the transport checksum.
@@ -60,7 +62,7 @@ pub struct Rewrite<F: Family> {
 pub struct IpEdit<F: Family> {
     /// Offset of the header.
     pub at: usize,
-    /// First two bytes: version and traffic class.
+    /// The half word of the traffic class.
     pub first: Option<[u8; 2]>,
     /// The half word of TTL or hop limit.
     pub ttl: Option<[u8; 2]>,
@@ -73,22 +75,41 @@ pub struct IpEdit<F: Family> {
     pub uncovered: Option<u32>,
 }
 
-/// A correction of a transport checksum.
+/// A change of a port or identifier; it may be none.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PortEdit {
+    /// Its offset.
+    pub at: usize,
+    /// What is there.
+    pub old: [u8; 2],
+    /// What shall be there.
+    pub new: [u8; 2],
+}
+
+impl PortEdit {
+    /// It changes something.
+    #[inline(always)]
+    #[must_use]
+    pub const fn changes(&self) -> bool {
+        u16::from_ne_bytes(self.old) != u16::from_ne_bytes(self.new)
+    }
+}
+
+/// A correction of a transport checksum. What follows from a port or the MSS is not in here: see
+/// [`Rewrite::plain_delta`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CheckEdit {
     /// Offset of the checksum.
     pub at: usize,
     /// Change of the pseudo header.
     pub pseudo: Option<u32>,
-    /// Change of what the checksum covers itself.
-    pub plain: Option<u32>,
     /// A checksum of zero means that there is none (UDP).
     pub optional: bool,
 }
 
 impl CheckEdit {
     /// Nothing to correct.
-    pub const NONE: Self = Self { at: 0, pseudo: None, plain: None, optional: false };
+    pub const NONE: Self = Self { at: 0, pseudo: None, optional: false };
 }
 
 impl<F: Family> Rewrite<F> {
@@ -97,20 +118,31 @@ impl<F: Family> Rewrite<F> {
     #[must_use]
     pub const fn new() -> Self {
         Self {
-            ip: IpEdit {
-                at: 0,
-                first: None,
-                ttl: None,
-                addr: None,
-                check: None,
-                uncovered: None,
-            },
+            ip: IpEdit { at: 0, first: None, ttl: None, addr: None, check: None, uncovered: None },
             port: None,
             mss: None,
             check: CheckEdit::NONE,
             pop: 0,
             push: None,
             way: Way::On,
+        }
+    }
+
+    /// Change of what the transport checksum covers itself, `None` if there is none. It is asked for
+    /// as late as possible: a decision that is kept in a variable doubles the states that the
+    /// verifier has to walk through.
+    #[inline(always)]
+    #[must_use]
+    pub const fn plain_delta(&self) -> Option<u32> {
+        let port = match &self.port {
+            Some(port) if port.changes() => Some(csum::delta2(port.old, port.new)),
+            _ => None,
+        };
+        match (port, &self.mss) {
+            (None, None) => None,
+            (Some(port), None) => Some(port),
+            (None, Some(mss)) => Some(mss.delta),
+            (Some(port), Some(mss)) => Some(csum::add(port, mss.delta)),
         }
     }
 
@@ -129,13 +161,27 @@ impl<F: Family> Default for Rewrite<F> {
 }
 
 /// An ICMP error in place of a packet: the packet is cut after [`Family::QUOTE`] bytes of IP, headers
-/// go in front, and it leaves as [`Way::Back`].
+/// go in front, and it leaves as [`Way::Back`]. It comes from the address of the configuration, or,
+/// if there is none, from where the packet was going.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Refusal<F: Family> {
-    /// Offset of the IP header that is quoted.
-    pub at: usize,
-    /// Length of the IP header that is quoted, extension headers included.
+pub struct Refusal {
+    /// Length of the IP header that is quoted, extension headers included. It follows the Ethernet
+    /// header.
     pub header: usize,
-    /// What the error says.
-    pub error: TooBig<F>,
+    /// Largest packet that would fit.
+    pub mtu: u16,
+}
+
+impl Refusal {
+    /// What the error about `packet` says.
+    ///
+    /// # Errors
+    ///
+    /// [`DropReason::Truncated`] if the packet has no IP header.
+    #[inline(always)]
+    pub fn error<F: Family, P: Packet>(&self, packet: &P, config: &Config) -> Result<TooBig<F>, DropReason> {
+        let own = F::of_config(config);
+        let from = if F::is_zero(&own) { F::load(packet, ETHERNET + F::DST_AT)? } else { own };
+        Ok(TooBig { src: from, dst: F::load(packet, ETHERNET + F::SRC_AT)?, mtu: self.mtu })
+    }
 }

@@ -5,22 +5,22 @@
 
 use aya_ebpf::{
     bindings::{
-        BPF_F_ADJ_ROOM_ENCAP_L3_IPV4, BPF_F_ADJ_ROOM_ENCAP_L3_IPV6, BPF_F_ADJ_ROOM_ENCAP_L4_UDP,
+        __sk_buff, BPF_F_ADJ_ROOM_ENCAP_L3_IPV4, BPF_F_ADJ_ROOM_ENCAP_L3_IPV6, BPF_F_ADJ_ROOM_ENCAP_L4_UDP,
         BPF_F_ADJ_ROOM_FIXED_GSO, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, BPF_F_RECOMPUTE_CSUM,
         bpf_adj_room_mode::BPF_ADJ_ROOM_MAC,
     },
     helpers::generated::{
-        bpf_csum_diff, bpf_csum_update, bpf_l4_csum_replace, bpf_skb_adjust_room,
-        bpf_skb_change_tail, bpf_skb_store_bytes,
+        bpf_csum_diff, bpf_csum_update, bpf_l4_csum_replace, bpf_skb_adjust_room, bpf_skb_change_tail,
+        bpf_skb_store_bytes,
     },
 };
 use coil_common::stats::DropReason;
 use coil_ebpf::{
     csum,
-    family::Family,
+    family::{Family, V4, V6},
     head::{Build, Tunnel},
     packet::{ETHERNET, Packet},
-    verdict::{CheckEdit, IpEdit, Refusal, Rewrite, Way},
+    verdict::{IpEdit, Refusal, Rewrite, Way},
 };
 
 use super::{Outcome, skb::Skb};
@@ -30,25 +30,22 @@ const ALREADY: i64 = -114;
 
 /// Changes a packet.
 #[inline(always)]
-pub(super) fn rewrite<F: Build>(
-    skb: &mut Skb,
-    rewrite: &Rewrite<F>,
-) -> Result<Outcome, DropReason> {
+pub(super) fn rewrite<F: Build>(skb: &mut Skb, rewrite: &Rewrite<F>) -> Result<Outcome, DropReason> {
     let outcome = match rewrite.way {
-        Way::On => Outcome::Pass,
+        Way::On => Outcome::PASS,
         Way::Back => {
             skb.turn_around()?;
-            Outcome::Back
+            Outcome::BACK
         }
     };
     edit_ip(skb, &rewrite.ip)?;
-    if let Some((at, port)) = rewrite.port {
-        skb.store(at, port)?;
+    if let Some(port) = &rewrite.port {
+        skb.store(port.at, port.new)?;
     }
     if let Some(mss) = rewrite.mss {
         skb.store(mss.at, mss.value)?;
     }
-    edit_check(skb, &rewrite.check)?;
+    edit_check(skb, rewrite)?;
     if rewrite.pop > 0 {
         pop(skb, rewrite.pop)?;
     }
@@ -83,11 +80,7 @@ fn edit_ip<F: Family>(skb: &mut Skb, edit: &IpEdit<F>) -> Result<(), DropReason>
 /// Writes an address of either family.
 #[inline(always)]
 fn store_addr<F: Family>(skb: &mut Skb, at: usize, addr: F::Addr) -> Result<(), DropReason> {
-    let Some(target) = (if F::INDEX == 0 {
-        skb.bytes::<4>(at)
-    } else {
-        skb.bytes::<16>(at)
-    }) else {
+    let Some(target) = (if F::INDEX == 0 { skb.bytes::<4>(at) } else { skb.bytes::<16>(at) }) else {
         return Err(DropReason::RewriteFailed);
     };
     // SAFETY: `bytes` has compared the range, as long as the address, with the end of the packet;
@@ -101,16 +94,13 @@ fn store_addr<F: Family>(skb: &mut Skb, at: usize, addr: F::Addr) -> Result<(), 
 struct Aligned<T>(T);
 
 #[inline(always)]
-fn edit_check(skb: &mut Skb, edit: &CheckEdit) -> Result<(), DropReason> {
-    let optional = if edit.optional {
-        u64::from(BPF_F_MARK_MANGLED_0)
-    } else {
-        0
-    };
+fn edit_check<F: Family>(skb: &mut Skb, rewrite: &Rewrite<F>) -> Result<(), DropReason> {
+    let edit = &rewrite.check;
+    let optional = if edit.optional { u64::from(BPF_F_MARK_MANGLED_0) } else { 0 };
     if let Some(delta) = edit.pseudo {
         replace_check(skb, edit.at, delta, optional | u64::from(BPF_F_PSEUDO_HDR))?;
     }
-    if let Some(delta) = edit.plain {
+    if let Some(delta) = rewrite.plain_delta() {
         replace_check(skb, edit.at, delta, optional)?;
     }
     Ok(())
@@ -129,27 +119,14 @@ fn replace_check(skb: &mut Skb, at: usize, delta: u32, flags: u64) -> Result<(),
 fn pop(skb: &mut Skb, bytes: usize) -> Result<(), DropReason> {
     // SAFETY: the context of a running program is valid.
     let result = unsafe {
-        bpf_skb_adjust_room(
-            skb.raw,
-            -(bytes as i32),
-            BPF_ADJ_ROOM_MAC,
-            u64::from(BPF_F_ADJ_ROOM_FIXED_GSO),
-        )
+        bpf_skb_adjust_room(skb.raw, -(bytes as i32), BPF_ADJ_ROOM_MAC, u64::from(BPF_F_ADJ_ROOM_FIXED_GSO))
     };
-    if result == 0 {
-        Ok(())
-    } else {
-        Err(DropReason::RewriteFailed)
-    }
+    if result == 0 { Ok(()) } else { Err(DropReason::RewriteFailed) }
 }
 
 #[inline(always)]
 fn push<F: Build>(skb: &mut Skb, tunnel: &Tunnel<F>) -> Result<(), DropReason> {
-    let l3 = if F::INDEX == 0 {
-        BPF_F_ADJ_ROOM_ENCAP_L3_IPV4
-    } else {
-        BPF_F_ADJ_ROOM_ENCAP_L3_IPV6
-    };
+    let l3 = if F::INDEX == 0 { BPF_F_ADJ_ROOM_ENCAP_L3_IPV4 } else { BPF_F_ADJ_ROOM_ENCAP_L3_IPV6 };
     let flags = u64::from(BPF_F_ADJ_ROOM_FIXED_GSO | l3 | BPF_F_ADJ_ROOM_ENCAP_L4_UDP);
     // SAFETY: the context of a running program is valid.
     match unsafe { bpf_skb_adjust_room(skb.raw, F::OVERHEAD as i32, BPF_ADJ_ROOM_MAC, flags) } {
@@ -171,37 +148,57 @@ fn write_head<F: Family>(skb: &mut Skb, head: &F::Head) -> Result<(), DropReason
             u64::from(BPF_F_RECOMPUTE_CSUM),
         )
     };
-    if result == 0 {
-        Ok(())
-    } else {
-        Err(DropReason::RewriteFailed)
-    }
+    if result == 0 { Ok(()) } else { Err(DropReason::RewriteFailed) }
 }
 
 /// Longest IP header that is quoted, extension headers included.
 const MAX_QUOTED_HEADER: usize = 0x7c;
 
-/// Turns a packet into an ICMP error to its sender. The packet counts as dropped in any case; where
-/// the error cannot be made it is only dropped.
+/// Turns a packet into an ICMP error to its sender, or says that it cannot be done.
+#[inline(always)]
+pub(super) fn refuse<F: Build>(skb: &mut Skb, refusal: &Refusal) -> bool {
+    let header = refusal.header as u32;
+    let mtu = u32::from(refusal.mtu);
+    let made = if F::INDEX == 0 { refuse_v4(skb.raw, header, mtu) } else { refuse_v6(skb.raw, header, mtu) };
+    made != 0
+}
+
+/// [`answer`] as a function of its own: it is rare, and its callers have no stack to spare.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn refuse_v4(raw: *mut __sk_buff, header: u32, mtu: u32) -> u32 {
+    u32::from(answer::<V4>(raw, header, mtu).is_ok())
+}
+
+/// See [`refuse_v4`].
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn refuse_v6(raw: *mut __sk_buff, header: u32, mtu: u32) -> u32 {
+    u32::from(answer::<V6>(raw, header, mtu).is_ok())
+}
+
+/// Makes the error.
 ///
 /// The checksum over the quoted transport part goes through the helper: where the checksum of the
 /// packet was still to be filled in, whoever fills it in makes that part sum to zero, and the helper
 /// then does nothing, which is right.
 #[inline(always)]
-pub(super) fn refuse<F: Build>(skb: &mut Skb, refusal: &Refusal<F>) -> Result<Outcome, DropReason> {
-    const REASON: DropReason = DropReason::TooBig;
-    let dropped = coil_ebpf::decide::dropped(skb);
-    let at = refusal.at;
-    if skb.ensure(at + F::QUOTE).is_err() || refusal.header > MAX_QUOTED_HEADER {
-        return Err(REASON);
+fn answer<F: Build>(raw: *mut __sk_buff, header: u32, mtu: u32) -> Result<(), DropReason> {
+    const FAILED: DropReason = DropReason::TooBig;
+    let mut skb = Skb::of(raw);
+    let refusal = Refusal { header: header as usize, mtu: (mtu & 0xffff) as u16 };
+    skb.ensure(ETHERNET + F::QUOTE)?;
+    if refusal.header > MAX_QUOTED_HEADER {
+        return Err(FAILED);
     }
+    let error = refusal.error::<F, _>(&skb, super::config())?;
     let quote = if F::INDEX == 0 {
-        skb.bytes::<128>(at)
+        skb.bytes::<{ V4::QUOTE }>(ETHERNET)
     } else {
-        skb.bytes::<256>(at)
+        skb.bytes::<{ V6::QUOTE }>(ETHERNET)
     };
     let Some(quote) = quote else {
-        return Err(REASON);
+        return Err(FAILED);
     };
     // SAFETY: the lengths are inside the quote, which `bytes` has compared with the end of the packet.
     let (header, all) = unsafe {
@@ -209,24 +206,18 @@ pub(super) fn refuse<F: Build>(skb: &mut Skb, refusal: &Refusal<F>) -> Result<Ou
         (sum(quote, length), sum(quote, F::QUOTE as u32))
     };
     let transport = csum::add(all, !header);
-
-    let mut head = F::too_big(&refusal.error);
-    add_to_check::<F>(&mut head, header);
-    skb.turn_around().map_err(|_| REASON)?;
+    let head = F::too_big(&error, header);
+    skb.turn_around()?;
     // SAFETY: the context of a running program is valid.
-    let cut = unsafe { bpf_skb_change_tail(skb.raw, (at + F::QUOTE) as u32, 0) };
-    if cut != 0 {
-        return Err(REASON);
+    if unsafe { bpf_skb_change_tail(raw, (ETHERNET + F::QUOTE) as u32, 0) } != 0 {
+        return Err(FAILED);
     }
     // SAFETY: as above.
-    let room = unsafe { bpf_skb_adjust_room(skb.raw, F::OVERHEAD as i32, BPF_ADJ_ROOM_MAC, 0) };
-    if room != 0 {
-        return Err(REASON);
+    if unsafe { bpf_skb_adjust_room(raw, F::OVERHEAD as i32, BPF_ADJ_ROOM_MAC, 0) } != 0 {
+        return Err(FAILED);
     }
-    write_head::<F>(skb, &head).map_err(|_| REASON)?;
-    replace_check(skb, ETHERNET + F::ICMP_CHECK_AT, transport, 0).map_err(|_| REASON)?;
-    super::maps::count_drop(REASON, &dropped);
-    Ok(Outcome::Back)
+    write_head::<F>(&mut skb, &head)?;
+    replace_check(&mut skb, ETHERNET + F::ICMP_CHECK_AT, transport, 0)
 }
 
 /// Sum of bytes of the packet.
@@ -240,15 +231,4 @@ unsafe fn sum(from: *mut u8, length: u32) -> u32 {
     let sum = unsafe { bpf_csum_diff(core::ptr::null_mut(), 0, from.cast(), length, 0) };
     // An error is a wrong checksum of an error message, no more.
     (sum & 0xffff_ffff) as u32
-}
-
-/// Adds to what the checksum of an ICMP error covers.
-#[inline(always)]
-fn add_to_check<F: Build>(head: &mut F::Head, sum: u32) {
-    let bytes = core::ptr::from_mut(head).cast::<u8>();
-    // SAFETY: the offset is even and inside the header, which is aligned to no less than its check.
-    unsafe {
-        let check = bytes.add(F::ICMP_CHECK_AT).cast::<[u8; 2]>();
-        check.write(csum::update(check.read(), sum));
-    }
 }

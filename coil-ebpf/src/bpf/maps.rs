@@ -9,14 +9,14 @@ use aya_ebpf::{
 };
 use coil_common::{
     keys::{
-        ClientKey4, ClientKey6, FlowKey4, FlowKey6, POLICY_SET_BITS, PeerKey4, PeerKey6,
-        PolicyKey4, PolicyKey6,
+        ClientKey4, ClientKey6, FlowKey4, FlowKey6, POLICY_SET_BITS, PeerKey4, PeerKey6, PolicyKey4,
+        PolicyKey6,
     },
     names,
     stats::{Direction, DropReason, GatewayStat, egress_stat},
     values::{
-        ClientValue, Counter, EgressNameValue, EgressValue, FlowValue, GatewayValue, NatValue4,
-        NatValue6, PodValue, PolicyValue,
+        ClientValue, Counter, EgressNameValue, EgressValue, FlowValue, GatewayValue, NatValue4, NatValue6,
+        PodValue, PolicyValue,
     },
 };
 use coil_ebpf::{
@@ -31,11 +31,9 @@ const NO_PREALLOC: usize = BPF_F_NO_PREALLOC as usize;
 #[btf_map(name = "pods")]
 static PODS: HashMap<u32, PodValue, { names::MAX_PODS }, NO_PREALLOC> = HashMap::new();
 #[btf_map(name = "policy_v4")]
-static POLICY_V4: LpmTrie<PolicyKey4, PolicyValue, { names::MAX_POLICIES }, NO_PREALLOC> =
-    LpmTrie::new();
+static POLICY_V4: LpmTrie<PolicyKey4, PolicyValue, { names::MAX_POLICIES }, NO_PREALLOC> = LpmTrie::new();
 #[btf_map(name = "policy_v6")]
-static POLICY_V6: LpmTrie<PolicyKey6, PolicyValue, { names::MAX_POLICIES }, NO_PREALLOC> =
-    LpmTrie::new();
+static POLICY_V6: LpmTrie<PolicyKey6, PolicyValue, { names::MAX_POLICIES }, NO_PREALLOC> = LpmTrie::new();
 #[btf_map(name = "egresses")]
 static EGRESSES: Array<EgressValue, { names::MAX_EGRESSES * 2 }> = Array::new();
 #[btf_map(name = "egress_names")]
@@ -53,23 +51,17 @@ static FLOWS_V4: HashMap<FlowKey4, FlowValue, { names::MAX_FLOWS }, NO_PREALLOC>
 #[btf_map(name = "flows_v6")]
 static FLOWS_V6: HashMap<FlowKey6, FlowValue, { names::MAX_FLOWS }, NO_PREALLOC> = HashMap::new();
 #[btf_map(name = "clients_v4")]
-static CLIENTS_V4: HashMap<ClientKey4, ClientValue, { names::MAX_CLIENTS }, NO_PREALLOC> =
-    HashMap::new();
+static CLIENTS_V4: HashMap<ClientKey4, ClientValue, { names::MAX_CLIENTS }, NO_PREALLOC> = HashMap::new();
 #[btf_map(name = "clients_v6")]
-static CLIENTS_V6: HashMap<ClientKey6, ClientValue, { names::MAX_CLIENTS }, NO_PREALLOC> =
-    HashMap::new();
+static CLIENTS_V6: HashMap<ClientKey6, ClientValue, { names::MAX_CLIENTS }, NO_PREALLOC> = HashMap::new();
 #[btf_map(name = "nat_forward_v4")]
-static NAT_FORWARD_V4: HashMap<FlowKey4, NatValue4, { names::MAX_NAT }, NO_PREALLOC> =
-    HashMap::new();
+static NAT_FORWARD_V4: HashMap<FlowKey4, NatValue4, { names::MAX_NAT }, NO_PREALLOC> = HashMap::new();
 #[btf_map(name = "nat_forward_v6")]
-static NAT_FORWARD_V6: HashMap<FlowKey6, NatValue6, { names::MAX_NAT }, NO_PREALLOC> =
-    HashMap::new();
+static NAT_FORWARD_V6: HashMap<FlowKey6, NatValue6, { names::MAX_NAT }, NO_PREALLOC> = HashMap::new();
 #[btf_map(name = "nat_reverse_v4")]
-static NAT_REVERSE_V4: HashMap<FlowKey4, NatValue4, { names::MAX_NAT }, NO_PREALLOC> =
-    HashMap::new();
+static NAT_REVERSE_V4: HashMap<FlowKey4, NatValue4, { names::MAX_NAT }, NO_PREALLOC> = HashMap::new();
 #[btf_map(name = "nat_reverse_v6")]
-static NAT_REVERSE_V6: HashMap<FlowKey6, NatValue6, { names::MAX_NAT }, NO_PREALLOC> =
-    HashMap::new();
+static NAT_REVERSE_V6: HashMap<FlowKey6, NatValue6, { names::MAX_NAT }, NO_PREALLOC> = HashMap::new();
 #[btf_map(name = "gateway_stats")]
 static GATEWAY_STATS: PerCpuArray<Counter, { GatewayStat::COUNT }> = PerCpuArray::new();
 #[btf_map(name = "drops")]
@@ -90,8 +82,8 @@ pub(super) fn pod(ifindex: u32) -> Option<&'static PodValue> {
 
 /// Counts a drop.
 #[inline(always)]
-pub(super) fn count_drop(reason: DropReason, counter: &Counter) {
-    if let Some(total) = DROPS.get_ptr_mut(reason.index()) {
+pub(super) fn count_drop(reason: u32, counter: &Counter) {
+    if let Some(total) = DROPS.get_ptr_mut(reason) {
         // SAFETY: a per-CPU value, and programs of one CPU do not interrupt each other here.
         unsafe { add(total, counter.packets, counter.bytes) }
     }
@@ -153,6 +145,12 @@ unsafe fn touch(last_seen: *mut u32, state: *mut u32, tally: &Tally) {
     }
 }
 
+/// The shared form of a key.
+#[inline(always)]
+fn shared<F: Family>(key: &F::KeyWords) -> &F::Key {
+    bytemuck::cast_ref(key)
+}
+
 macro_rules! node_tables {
     ($family:ty, $bytes:expr, $policy:ident, $policy_key:ident, $peers:ident, $peer_key:ident, $flows:ident) => {
         impl NodeTables<$family> for Maps {
@@ -162,10 +160,7 @@ macro_rules! node_tables {
             fn policy(&self, set: u32, dst: &<$family as Family>::Addr) -> Option<u32> {
                 let key = Key::new(
                     POLICY_SET_BITS + size_of::<<$family as Family>::Addr>() as u32 * 8,
-                    $policy_key {
-                        set: set.to_be_bytes(),
-                        dst: $bytes(*dst),
-                    },
+                    $policy_key { set: set.to_be_bytes(), dst: $bytes(*dst) },
                 );
                 $policy.get(&key).map(|value| value.egress)
             }
@@ -182,17 +177,12 @@ macro_rules! node_tables {
 
             #[inline(always)]
             fn is_peer(&self, set: u32, addr: &<$family as Family>::Addr) -> bool {
-                $peers
-                    .get_ptr($peer_key {
-                        set,
-                        addr: $bytes(*addr),
-                    })
-                    .is_some()
+                $peers.get_ptr($peer_key { set, addr: $bytes(*addr) }).is_some()
             }
 
             #[inline(always)]
-            fn flow(&self, key: &<$family as Family>::Key) -> Option<*mut FlowValue> {
-                $flows.get_ptr_mut(key)
+            fn flow(&self, key: &<$family as Family>::KeyWords) -> Option<*mut FlowValue> {
+                $flows.get_ptr_mut(shared::<$family>(key))
             }
 
             #[inline(always)]
@@ -202,14 +192,8 @@ macro_rules! node_tables {
             }
 
             #[inline(always)]
-            fn put_flow(
-                &self,
-                key: &<$family as Family>::Key,
-                value: &FlowValue,
-            ) -> Result<(), Full> {
-                $flows
-                    .insert(key, value, u64::from(BPF_ANY))
-                    .map_err(|_| Full)
+            fn put_flow(&self, key: &<$family as Family>::KeyWords, value: &FlowValue) -> Result<(), Full> {
+                $flows.insert(shared::<$family>(key), value, u64::from(BPF_ANY)).map_err(|_| Full)
             }
 
             #[inline(always)]
@@ -246,18 +230,8 @@ macro_rules! node_tables {
     };
 }
 
-node_tables!(
-    V4,
-    u32::to_ne_bytes,
-    POLICY_V4,
-    PolicyKey4,
-    PEERS_V4,
-    PeerKey4,
-    FLOWS_V4
-);
-node_tables!(
-    V6, bytes6, POLICY_V6, PolicyKey6, PEERS_V6, PeerKey6, FLOWS_V6
-);
+node_tables!(V4, u32::to_ne_bytes, POLICY_V4, PolicyKey4, PEERS_V4, PeerKey4, FLOWS_V4);
+node_tables!(V6, bytes6, POLICY_V6, PolicyKey6, PEERS_V6, PeerKey6, FLOWS_V6);
 
 macro_rules! nat_tables {
     ($family:ty, $bytes:expr, $addr:expr, $nat:ty, $clients:ident, $client_key:ident, $forward:ident, $reverse:ident) => {
@@ -266,21 +240,17 @@ macro_rules! nat_tables {
 
             #[inline(always)]
             fn is_client(&self, addr: &<$family as Family>::Addr) -> bool {
-                $clients
-                    .get_ptr($client_key {
-                        addr: $bytes(*addr),
-                    })
-                    .is_some()
+                $clients.get_ptr($client_key { addr: $bytes(*addr) }).is_some()
             }
 
             #[inline(always)]
-            fn forward(&self, key: &<$family as Family>::Key) -> Option<*mut $nat> {
-                $forward.get_ptr_mut(key)
+            fn forward(&self, key: &<$family as Family>::KeyWords) -> Option<*mut $nat> {
+                $forward.get_ptr_mut(shared::<$family>(key))
             }
 
             #[inline(always)]
-            fn reverse(&self, key: &<$family as Family>::Key) -> Option<*mut $nat> {
-                $reverse.get_ptr_mut(key)
+            fn reverse(&self, key: &<$family as Family>::KeyWords) -> Option<*mut $nat> {
+                $reverse.get_ptr_mut(shared::<$family>(key))
             }
 
             #[inline(always)]
@@ -292,6 +262,7 @@ macro_rules! nat_tables {
                         port: (*entry).port,
                         state: (*entry).state,
                         last_seen: (*entry).last_seen,
+                        used: (*entry).packets != 0,
                     }
                 }
             }
@@ -299,32 +270,30 @@ macro_rules! nat_tables {
             #[inline(always)]
             fn reserve(
                 &self,
-                key: &<$family as Family>::Key,
+                key: &<$family as Family>::KeyWords,
                 value: &<$family as Family>::Nat,
             ) -> Result<(), ReserveError> {
-                $reverse
-                    .insert(key, value, u64::from(BPF_NOEXIST))
-                    .map_err(|error| match error {
+                $reverse.insert(shared::<$family>(key), value, u64::from(BPF_NOEXIST)).map_err(|error| {
+                    match error {
                         EXISTS => ReserveError::Taken,
                         _ => ReserveError::Full,
-                    })
+                    }
+                })
             }
 
             #[inline(always)]
-            fn release(&self, key: &<$family as Family>::Key) {
+            fn release(&self, key: &<$family as Family>::KeyWords) {
                 // An entry that is gone already is as good as removed.
-                if $reverse.remove(key).is_err() {}
+                if $reverse.remove(shared::<$family>(key)).is_err() {}
             }
 
             #[inline(always)]
             fn put_forward(
                 &self,
-                key: &<$family as Family>::Key,
+                key: &<$family as Family>::KeyWords,
                 value: &<$family as Family>::Nat,
             ) -> Result<(), Full> {
-                $forward
-                    .insert(key, value, u64::from(BPF_ANY))
-                    .map_err(|_| Full)
+                $forward.insert(shared::<$family>(key), value, u64::from(BPF_ANY)).map_err(|_| Full)
             }
 
             #[inline(always)]
@@ -354,23 +323,5 @@ macro_rules! nat_tables {
     };
 }
 
-nat_tables!(
-    V4,
-    u32::to_ne_bytes,
-    addr4,
-    NatValue4,
-    CLIENTS_V4,
-    ClientKey4,
-    NAT_FORWARD_V4,
-    NAT_REVERSE_V4
-);
-nat_tables!(
-    V6,
-    bytes6,
-    addr6,
-    NatValue6,
-    CLIENTS_V6,
-    ClientKey6,
-    NAT_FORWARD_V6,
-    NAT_REVERSE_V6
-);
+nat_tables!(V4, u32::to_ne_bytes, addr4, NatValue4, CLIENTS_V4, ClientKey4, NAT_FORWARD_V4, NAT_REVERSE_V4);
+nat_tables!(V6, bytes6, addr6, NatValue6, CLIENTS_V6, ClientKey6, NAT_FORWARD_V6, NAT_REVERSE_V6);

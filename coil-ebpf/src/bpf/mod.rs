@@ -12,25 +12,47 @@ use aya_ebpf::{
 };
 use coil_common::{config::Config, stats::DropReason, values::PodValue};
 use coil_ebpf::{
-    decide,
+    decide::{
+        dropped, from_pod,
+        gateway::{self, Direction},
+        to_pod,
+    },
     family::{V4, V6},
     head::Build,
     parse::{
         Parse,
         eth::{EtherType, ethertype},
+        tunnel::Outer,
     },
     tables::{NatTables, NodeTables},
-    verdict::{Rewrite, Verdict},
+    verdict::{Refusal, Rewrite, Verdict},
 };
 
 use self::{maps::Maps, skb::Skb};
 
-/// What has become of a packet.
-enum Outcome {
+/// What has become of a packet, as a number: a function of its own can return nothing else.
+#[derive(Clone, Copy)]
+struct Outcome(u64);
+
+impl Outcome {
     /// Other programs and the stack go on with it.
-    Pass,
+    const PASS: Self = Self(0);
     /// It leaves by the interface that it came in by.
-    Back,
+    const BACK: Self = Self(1);
+    const DROP: u64 = 2;
+    const TOO_BIG: u64 = 3;
+
+    /// It is dropped.
+    #[inline(always)]
+    const fn drop(reason: DropReason) -> Self {
+        Self(Self::DROP | ((reason.index() as u64) << 8))
+    }
+
+    /// It is dropped, and its sender shall get an ICMP error.
+    #[inline(always)]
+    const fn too_big(refusal: &Refusal) -> Self {
+        Self(Self::TOO_BIG | ((refusal.mtu as u64) << 8) | ((refusal.header as u64) << 32))
+    }
 }
 
 /// Set by the loader before it loads the programs.
@@ -62,8 +84,8 @@ fn from_pod(ctx: TcContext) -> i32 {
         return TC_ACT_UNSPEC;
     };
     match ethertype(&mut skb) {
-        Ok(EtherType::V4) => from_pod_ip::<V4>(&ctx, pod),
-        Ok(EtherType::V6) => from_pod_ip::<V6>(&ctx, pod),
+        Ok(EtherType::V4) => finish::<V4>(&mut skb, from_pod_ip::<V4>(&ctx, pod)),
+        Ok(EtherType::V6) => finish::<V6>(&mut skb, from_pod_ip::<V6>(&ctx, pod)),
         Ok(EtherType::Other) | Err(_) => TC_ACT_UNSPEC,
     }
 }
@@ -76,8 +98,8 @@ fn to_pod(ctx: TcContext) -> i32 {
         return TC_ACT_UNSPEC;
     };
     match ethertype(&mut skb) {
-        Ok(EtherType::V4) => to_pod_ip::<V4>(&ctx, pod),
-        Ok(EtherType::V6) => to_pod_ip::<V6>(&ctx, pod),
+        Ok(EtherType::V4) => finish::<V4>(&mut skb, to_pod_ip::<V4>(&ctx, pod)),
+        Ok(EtherType::V6) => finish::<V6>(&mut skb, to_pod_ip::<V6>(&ctx, pod)),
         Ok(EtherType::Other) | Err(_) => TC_ACT_UNSPEC,
     }
 }
@@ -87,97 +109,133 @@ fn to_pod(ctx: TcContext) -> i32 {
 fn gateway(ctx: TcContext) -> i32 {
     let mut skb = Skb::new(&ctx);
     match ethertype(&mut skb) {
-        Ok(EtherType::V4) => gateway_ip::<V4>(&ctx),
-        Ok(EtherType::V6) => gateway_ip::<V6>(&ctx),
+        Ok(EtherType::V4) => {
+            let outcome = gateway_ip::<V4>(&ctx, &mut skb);
+            finish::<V4>(&mut skb, outcome)
+        }
+        Ok(EtherType::V6) => {
+            let outcome = gateway_ip::<V6>(&ctx, &mut skb);
+            finish::<V6>(&mut skb, outcome)
+        }
         Ok(EtherType::Other) | Err(_) => TC_ACT_UNSPEC,
     }
 }
 
-/// The family's part, a program of its own so that its stack is its own.
+/// Carries a decision out and counts the packet if that succeeds.
+macro_rules! act {
+    ($skb:ident, $rewrite:ident, $decision:expr, $account:ident => $commit:expr) => {{
+        match $decision {
+            Ok(Verdict::Pass) => Outcome::PASS.0,
+            Ok(Verdict::Rewrite($account)) => match apply::rewrite(&mut $skb, &$rewrite) {
+                Ok(outcome) => {
+                    $commit;
+                    outcome.0
+                }
+                Err(reason) => Outcome::drop(reason).0,
+            },
+            Ok(Verdict::TooBig(refusal)) => Outcome::too_big(&refusal).0,
+            Err(reason) => Outcome::drop(reason).0,
+        }
+    }};
+}
+
+// Each family's part of a program is a function of its own, so that its stack is its own.
+
 #[inline(never)]
-fn from_pod_ip<F: Parse + Build>(ctx: &TcContext, pod: &PodValue) -> i32
+fn from_pod_ip<F: Parse + Build>(ctx: &TcContext, pod: &PodValue) -> u64
 where
     Maps: NodeTables<F>,
 {
     let mut skb = Skb::new(ctx);
     let mut rewrite = Rewrite::new();
-    let outcome =
-        match decide::from_pod::from_pod::<F, _, _>(&mut skb, pod, config(), &Maps, &mut rewrite) {
-            Ok(Verdict::Pass) => Ok(Outcome::Pass),
-            Ok(Verdict::Rewrite(account)) => {
-                let outcome = apply::rewrite(&mut skb, &rewrite);
-                if outcome.is_ok() {
-                    account.commit(&Maps);
-                }
-                outcome
-            }
-            Ok(Verdict::TooBig(refusal)) => apply::refuse(&mut skb, &refusal),
-            Err(reason) => Err(reason),
-        };
-    finish(&skb, outcome)
+    act!(
+        skb,
+        rewrite,
+        from_pod::from_pod::<F, _, _>(&mut skb, pod, config(), &Maps, &mut rewrite),
+        account => account.commit(&Maps)
+    )
 }
 
-/// The family's part, a program of its own so that its stack is its own.
 #[inline(never)]
-fn to_pod_ip<F: Parse + Build>(ctx: &TcContext, pod: &PodValue) -> i32
+fn to_pod_ip<F: Outer + Build>(ctx: &TcContext, pod: &PodValue) -> u64
 where
     Maps: NodeTables<F>,
 {
     let mut skb = Skb::new(ctx);
     let mut rewrite = Rewrite::new();
-    let outcome =
-        match decide::to_pod::to_pod::<F, _, _>(&mut skb, pod, config(), &Maps, &mut rewrite) {
-            Ok(Verdict::Pass) => Ok(Outcome::Pass),
-            Ok(Verdict::Rewrite(account)) => {
-                let outcome = apply::rewrite(&mut skb, &rewrite);
-                if outcome.is_ok() {
-                    if let Some(account) = account {
-                        account.commit(&Maps);
-                    }
-                }
-                outcome
-            }
-            Ok(Verdict::TooBig(refusal)) => apply::refuse(&mut skb, &refusal),
-            Err(reason) => Err(reason),
-        };
-    finish(&skb, outcome)
+    act!(
+        skb,
+        rewrite,
+        to_pod::to_pod::<F, _, _>(&mut skb, pod, config(), &Maps, &mut rewrite),
+        account => if let Some(account) = account {
+            account.commit(&Maps);
+        }
+    )
 }
 
-/// The family's part, a program of its own so that its stack is its own.
+#[inline(always)]
+fn gateway_ip<F: Outer + Build>(ctx: &TcContext, skb: &mut Skb) -> u64
+where
+    Maps: NatTables<F>,
+{
+    match gateway::direction::<F, _>(skb, config()) {
+        Direction::Out => gateway_out::<F>(ctx),
+        Direction::Back => gateway_back::<F>(ctx),
+        Direction::Neither => Outcome::PASS.0,
+    }
+}
+
 #[inline(never)]
-fn gateway_ip<F: Parse + Build>(ctx: &TcContext) -> i32
+fn gateway_out<F: Outer + Build>(ctx: &TcContext) -> u64
 where
     Maps: NatTables<F>,
 {
     let mut skb = Skb::new(ctx);
     let mut rewrite = Rewrite::new();
-    let outcome = match decide::gateway::gateway::<F, _, _>(&mut skb, config(), &Maps, &mut rewrite)
-    {
-        Ok(Verdict::Pass) => Ok(Outcome::Pass),
-        Ok(Verdict::Rewrite(account)) => {
-            let outcome = apply::rewrite(&mut skb, &rewrite);
-            if outcome.is_ok() {
-                account.commit(&Maps);
-            }
-            outcome
-        }
-        Ok(Verdict::TooBig(refusal)) => apply::refuse(&mut skb, &refusal),
-        Err(reason) => Err(reason),
-    };
-    finish(&skb, outcome)
+    act!(
+        skb,
+        rewrite,
+        gateway::out::<F, _, _>(&mut skb, config(), &Maps, &mut rewrite),
+        account => account.commit(&Maps)
+    )
 }
 
-/// Counts drops and turns the outcome into an action.
+#[inline(never)]
+fn gateway_back<F: Outer + Build>(ctx: &TcContext) -> u64
+where
+    Maps: NatTables<F>,
+{
+    let mut skb = Skb::new(ctx);
+    let mut rewrite = Rewrite::new();
+    act!(
+        skb,
+        rewrite,
+        gateway::back::<F, _, _>(&mut skb, config(), &Maps, &mut rewrite),
+        account => account.commit(&Maps)
+    )
+}
+
+/// Counts drops, answers what is too big, and turns the outcome into an action.
 #[inline(always)]
-fn finish(skb: &Skb, outcome: Result<Outcome, DropReason>) -> i32 {
-    match outcome {
-        Ok(Outcome::Pass) => TC_ACT_UNSPEC,
-        Ok(Outcome::Back) => skb.redirect_back(),
-        Err(reason) => {
-            maps::count_drop(reason, &decide::dropped(skb));
-            TC_ACT_SHOT
-        }
+fn finish<F: Build>(skb: &mut Skb, outcome: u64) -> i32 {
+    let kind = outcome & 0xff;
+    if kind == Outcome::PASS.0 {
+        return TC_ACT_UNSPEC;
     }
+    if kind == Outcome::BACK.0 {
+        return skb.redirect_back();
+    }
+    let dropped = dropped(skb);
+    if kind == Outcome::TOO_BIG {
+        maps::count_drop(DropReason::TooBig.index(), &dropped);
+        let refusal = Refusal { mtu: (outcome >> 8 & 0xffff) as u16, header: (outcome >> 32) as usize };
+        if apply::refuse::<F>(skb, &refusal) {
+            return skb.redirect_back();
+        }
+    } else {
+        maps::count_drop((outcome >> 8 & 0xff) as u32, &dropped);
+    }
+    TC_ACT_SHOT
 }
 
 #[panic_handler]

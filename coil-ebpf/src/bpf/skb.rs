@@ -13,7 +13,13 @@ use aya_ebpf::{
     programs::TcContext,
 };
 use coil_common::stats::DropReason;
-use coil_ebpf::packet::{ETHERNET, Packet};
+use coil_ebpf::{
+    packet::{ETHERNET, Packet},
+    parse::{
+        ip::{self, Extensions},
+        mss::{self, MssOption},
+    },
+};
 
 /// Offsets are smaller than this; the verifier wants to see a bound.
 const MAX_OFFSET: usize = 0x3fff;
@@ -37,12 +43,15 @@ impl Skb {
     /// Takes a packet from the context of a program.
     #[inline(always)]
     pub(super) fn new(ctx: &TcContext) -> Self {
-        let raw = ctx.skb.skb;
-        Self {
-            raw,
-            data: ctx.data(),
-            end: ctx.data_end(),
-        }
+        Self::of(ctx.skb.skb)
+    }
+
+    /// Takes a packet from its raw context.
+    #[inline(always)]
+    pub(super) fn of(raw: *mut __sk_buff) -> Self {
+        let mut skb = Self { raw, data: 0, end: 0 };
+        skb.reload();
+        skb
     }
 
     /// Reads the bounds of the packet again.
@@ -85,11 +94,7 @@ impl Skb {
 
     /// Writes bytes.
     #[inline(always)]
-    pub(super) fn store<const N: usize>(
-        &mut self,
-        offset: usize,
-        value: [u8; N],
-    ) -> Result<(), DropReason> {
+    pub(super) fn store<const N: usize>(&mut self, offset: usize, value: [u8; N]) -> Result<(), DropReason> {
         let Some(at) = self.bytes::<N>(offset) else {
             return Err(DropReason::RewriteFailed);
         };
@@ -122,11 +127,7 @@ impl Packet for Skb {
         // SAFETY: the context of a running program is valid; the bounds are read again.
         let pulled = unsafe { bpf_skb_pull_data(self.raw, len as u32) };
         self.reload();
-        if pulled == 0 {
-            Ok(())
-        } else {
-            Err(DropReason::RewriteFailed)
-        }
+        if pulled == 0 { Ok(()) } else { Err(DropReason::RewriteFailed) }
     }
 
     #[inline(always)]
@@ -157,6 +158,20 @@ impl Packet for Skb {
     }
 
     #[inline(always)]
+    fn walk_extensions(&mut self, at: usize, next: u8, room: usize) -> Extensions {
+        let packed = walk_extensions(self.raw, at as u32, u32::from(next), room as u32);
+        self.reload();
+        Extensions::unpack(packed)
+    }
+
+    #[inline(always)]
+    fn find_mss(&mut self, at: usize, header: usize) -> Option<MssOption> {
+        let packed = find_mss(self.raw, at as u32, header as u32);
+        self.reload();
+        MssOption::unpack(packed)
+    }
+
+    #[inline(always)]
     fn length(&self) -> u32 {
         // SAFETY: the context of a running program is valid.
         unsafe { (*self.raw).len }
@@ -173,6 +188,25 @@ impl Packet for Skb {
         // SAFETY: the context of a running program is valid.
         unsafe { (*self.raw).gso_segs }
     }
+}
+
+/// [`ip::walk`] as a function of its own: the verifier looks at it once, not in every state that a
+/// caller may be in, and knows nothing of what it returns.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn walk_extensions(raw: *mut __sk_buff, at: u32, next: u32, room: u32) -> u64 {
+    let mut skb = Skb::of(raw);
+    let at = (at as usize) & MAX_OFFSET;
+    ip::walk(&mut skb, at, (next & 0xff) as u8, room as usize).pack()
+}
+
+/// [`mss::find`] as a function of its own.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn find_mss(raw: *mut __sk_buff, at: u32, header: u32) -> u64 {
+    let skb = Skb::of(raw);
+    let at = (at as usize) & MAX_OFFSET;
+    MssOption::pack(mss::find(&skb, at, (header & 0x3c) as usize))
 }
 
 /// Length of the Ethernet addresses.

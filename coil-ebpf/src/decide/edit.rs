@@ -1,10 +1,14 @@
 //! Builds rewrites with all checksums that follow from them.
 
+use coil_common::stats::DropReason;
+
 use crate::{
     csum,
     family::Family,
+    packet::Packet,
     parse::{Ip, L4, l4::Kind, mss::MssEdit},
-    verdict::{CheckEdit, Rewrite},
+    tables::Translation,
+    verdict::{CheckEdit, PortEdit, Rewrite},
 };
 
 /// Congestion experienced: both ECN bits.
@@ -33,52 +37,47 @@ impl<F: Family> Rewrite<F> {
     /// Takes the mark of congestion over from the outer header, as RFC 6040 says.
     #[inline(always)]
     pub(super) fn take_congestion(&mut self, ip: &Ip<F>, outer_tos: u8) {
-        if outer_tos & CE != CE || matches!(ip.tos & CE, 0 | CE) {
-            return;
-        }
+        // Without branches, for the verifier's sake: both bits set outside, one of two inside.
+        let outside = outer_tos & (outer_tos >> 1) & 1;
+        let inside = (ip.tos ^ (ip.tos >> 1)) & 1;
+        let mark = (outside & inside) * CE;
         let [a, b] = ip.first;
-        let first = if F::INDEX == 0 { [a, b | CE] } else { [a, b | (CE << 4)] };
+        let first = if F::INDEX == 0 { [a, b | mark] } else { [a, b | (mark << 4)] };
         self.ip.first = Some(first);
         self.cover(ip, csum::delta2(ip.first, first));
     }
 
-    /// Translates one end.
+    /// Translates one end. What is there now is read from the packet again, since there is no room to
+    /// remember it.
     #[inline(always)]
-    pub(super) fn translate(
+    pub(super) fn translate<P: Packet>(
         &mut self,
+        packet: &P,
         ip: &Ip<F>,
         l4: &L4,
         end: End,
-        addr: &F::Addr,
-        port: [u8; 2],
-    ) {
-        let (old_addr, addr_at, old_port, port_at) = match end {
-            End::Source => (&ip.src, F::SRC_AT, sender_port(l4), l4.src_port_at()),
-            End::Destination => (&ip.dst, F::DST_AT, receiver_port(l4), l4.dst_port_at()),
+        to: &Translation<F>,
+    ) -> Result<(), DropReason> {
+        let (addr_at, port_at) = match end {
+            End::Source => (ip.at + F::SRC_AT, l4.src_port_at()),
+            End::Destination => (ip.at + F::DST_AT, l4.dst_port_at()),
         };
-        let delta = F::delta(old_addr, addr);
-        self.ip.addr = Some((ip.at + addr_at, *addr));
+        let delta = F::delta(&F::load(packet, addr_at)?, &to.addr);
+        self.ip.addr = Some((addr_at, to.addr));
         self.cover(ip, delta);
         self.touch(l4);
         if F::ICMP_PSEUDO || matches!(l4.kind, Kind::Tcp(_) | Kind::Udp) {
             self.check.pseudo = Some(delta);
         }
-        if u16::from_ne_bytes(old_port) != u16::from_ne_bytes(port) {
-            self.port = Some((port_at, port));
-            self.check.plain = Some(csum::delta2(old_port, port));
-        }
+        self.port = Some(PortEdit { at: port_at, old: packet.load::<2>(port_at)?, new: to.port });
+        Ok(())
     }
 
     /// Lowers the MSS.
     #[inline(always)]
     pub(super) fn clamp(&mut self, l4: &L4, mss: Option<MssEdit>) {
-        let Some(edit) = mss else { return };
         self.touch(l4);
-        self.mss = Some(edit);
-        self.check.plain = Some(match self.check.plain {
-            Some(plain) => csum::add(plain, edit.delta),
-            None => edit.delta,
-        });
+        self.mss = mss;
     }
 
     /// Says where the transport checksum is.
@@ -107,23 +106,5 @@ impl<F: Family> Rewrite<F> {
                 None => delta,
             });
         }
-    }
-}
-
-/// The port or identifier where [`L4::src_port_at`] points.
-#[inline(always)]
-const fn sender_port(l4: &L4) -> [u8; 2] {
-    match l4.kind {
-        Kind::EchoReply => l4.dst_port,
-        _ => l4.src_port,
-    }
-}
-
-/// The port or identifier where [`L4::dst_port_at`] points.
-#[inline(always)]
-const fn receiver_port(l4: &L4) -> [u8; 2] {
-    match l4.kind {
-        Kind::EchoRequest => l4.src_port,
-        _ => l4.dst_port,
     }
 }

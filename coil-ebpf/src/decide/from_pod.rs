@@ -7,9 +7,9 @@ use coil_common::{
     config::Config,
     stats::{Direction, DropReason},
     values::{
-        EGRESS_BLOCK, EGRESS_CLIENT_AFFINITY, EGRESS_DIRECT, EGRESS_SOURCE_PORT_AUTO, EgressValue,
-        FlowValue, GATEWAY_GONE, MAGLEV_SLOTS, NO_POLICY, POD_ANY_SOURCE, POD_GATEWAY, PodValue,
-        STATE_FIN, STATE_REPLY_FIN, STATE_REPLY_RST, STATE_RST,
+        EGRESS_BLOCK, EGRESS_CLIENT_AFFINITY, EGRESS_DIRECT, EGRESS_SOURCE_PORT_AUTO, EgressValue, FlowValue,
+        GATEWAY_GONE, MAGLEV_SLOTS, NO_POLICY, POD_ANY_SOURCE, POD_GATEWAY, PodValue, STATE_FIN,
+        STATE_REPLY_FIN, STATE_REPLY_RST, STATE_RST,
     },
 };
 
@@ -60,7 +60,7 @@ pub fn from_pod<F: Parse + Build, P: Packet, T: NodeTables<F>>(
     config: &Config,
     tables: &T,
     rewrite: &mut Rewrite<F>,
-) -> Decision<F, Account<T::Flow>> {
+) -> Decision<Account<T::Flow>> {
     let ip = F::parse(packet, ETHERNET)?;
     if pod.flags & POD_ANY_SOURCE == 0 {
         // DHCP, duplicate address detection, multicast listener reports: never beyond the link.
@@ -80,9 +80,8 @@ pub fn from_pod<F: Parse + Build, P: Packet, T: NodeTables<F>>(
     };
 
     let flow = l4.flow(&ip);
-    let key = flow.key();
     let now = tables.now();
-    let known = tables.flow(&key);
+    let known = tables.flow(flow.key());
     let choice = match known.and_then(|entry| kept(entry, pod, tables)) {
         Some(choice) => choice,
         None => {
@@ -94,7 +93,7 @@ pub fn from_pod<F: Parse + Build, P: Packet, T: NodeTables<F>>(
     };
     let egress = tables.egress(choice.value.egress).ok_or(DropReason::EgressUnresolved)?;
     if wire::exceeds(packet, &ip, &l4, pod.mtu) {
-        return Ok(Verdict::TooBig(wire::refuse(&ip, F::of_config(config), pod.mtu)));
+        return Ok(Verdict::TooBig(wire::refuse(&ip, pod.mtu)));
     }
     let entry = match choice.change {
         Change::None => known,
@@ -106,10 +105,10 @@ pub fn from_pod<F: Parse + Build, P: Packet, T: NodeTables<F>>(
         }
         Change::Entry => {
             let value = FlowValue { last_seen: now, created: now, ..choice.value };
-            if tables.put_flow(&key, &value).is_err() {
+            if tables.put_flow(flow.key(), &value).is_err() {
                 return Err(DropReason::FlowTableFull);
             }
-            tables.flow(&key)
+            tables.flow(flow.key())
         }
     };
     if let (Some(entry), true) = (entry, wire::opens(&l4))
@@ -142,11 +141,7 @@ pub fn from_pod<F: Parse + Build, P: Packet, T: NodeTables<F>>(
 /// The outer source port.
 #[inline(always)]
 pub(super) fn source_port(auto: bool, hash: Hash, config: &Config) -> [u8; 2] {
-    if auto {
-        (AUTO_PORT_FIRST + hash.below(AUTO_PORTS)).to_be_bytes()
-    } else {
-        config.fou_port
-    }
+    if auto { (AUTO_PORT_FIRST + hash.below(AUTO_PORTS)).to_be_bytes() } else { config.fou_port }
 }
 
 /// What must be written to the flow table.
@@ -174,11 +169,7 @@ fn serving<F: Family, T: NodeTables<F>>(value: &FlowValue, tables: &T) -> Option
 
 /// The decision that a flow carries, if it is still good.
 #[inline(always)]
-fn kept<F: Family, T: NodeTables<F>>(
-    entry: T::Flow,
-    pod: &PodValue,
-    tables: &T,
-) -> Option<Choice<F>> {
+fn kept<F: Family, T: NodeTables<F>>(entry: T::Flow, pod: &PodValue, tables: &T) -> Option<Choice<F>> {
     let value = tables.flow_value(entry);
     if value.set != pod.set {
         return None;
@@ -241,7 +232,7 @@ fn choose<F: Family, T: NodeTables<F>>(
 fn slot<F: Family>(egress: &EgressValue, flow: &Flow<F>, config: &Config) -> u16 {
     const SLOTS: u16 = MAGLEV_SLOTS as u16;
     let hash = if egress.flags & EGRESS_CLIENT_AFFINITY != 0 {
-        Hash::of_client::<F>(&flow.src)
+        Hash::of_client::<F>(&flow.src())
     } else {
         flow.hash(config.seed)
     };
@@ -258,7 +249,7 @@ fn unsupported<F: Family, P: Packet, T: NodeTables<F>>(
     ip: &Ip<F>,
     reason: DropReason,
     tables: &T,
-) -> Decision<F, Account<T::Flow>> {
+) -> Decision<Account<T::Flow>> {
     if reason as u32 == DropReason::UnsupportedIcmp as u32
         && packet.load::<2>(ip.l4).is_ok_and(|[kind, _]| F::is_link_icmp(kind))
     {

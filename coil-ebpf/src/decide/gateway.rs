@@ -9,18 +9,15 @@ use coil_common::{
     stats::{DropReason, GatewayStat},
 };
 
-use super::{
-    edit::End,
-    from_pod::source_port,
-    nat,
-    to_pod::{Unpacked, is_tunnelled, unpack},
-    wire,
-};
+use super::{edit::End, from_pod::source_port, nat, wire};
 use crate::{
     family::Family,
     head::{Build, Tunnel},
     packet::{ETHERNET, Packet},
-    parse::{Ip, Parse, l4, mss},
+    parse::{
+        Parse, l4, mss,
+        tunnel::{self, Outer},
+    },
     tables::{NatTables, Ports, Tally},
     verdict::{Decision, Rewrite, Verdict, Way},
 };
@@ -34,8 +31,6 @@ pub struct Account<E> {
     pub stat: GatewayStat,
     /// Its size.
     pub tally: Tally,
-    /// It opened the flow.
-    pub new: bool,
 }
 
 impl<E: Copy> Account<E> {
@@ -44,11 +39,6 @@ impl<E: Copy> Account<E> {
     pub fn commit<F: Family, T: NatTables<F, Entry = E>>(&self, tables: &T) {
         tables.count_entry(self.entry, &self.tally);
         tables.count_gateway(self.stat, self.tally.packets, self.tally.bytes);
-        if self.new {
-            let stat =
-                if F::INDEX == 0 { GatewayStat::NewFlowV4 } else { GatewayStat::NewFlowV6 };
-            tables.count_gateway(stat, 1, 0);
-        }
     }
 }
 
@@ -69,48 +59,81 @@ impl<F: Family> Ports<F> for OwnPorts<'_> {
     #[inline(always)]
     fn is_excluded(&self, port: u16) -> bool {
         let [a, b, c, d, e] = self.0.nat_port_excluded;
-        port == 0 || port == a || port == b || port == c || port == d || port == e
+        // One comparison for the verifier: a product is zero if one of its factors is. Four factors
+        // of 16 bits fit.
+        let differs = |other: u16| u64::from(port ^ other);
+        let four = differs(a) * differs(b) * differs(c) * differs(d);
+        four == 0 || differs(e) * differs(0) == 0
     }
 }
 
-/// Decides about a packet that reached the gateway.
+/// Which way a packet goes through a gateway.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Direction {
+    /// It is tunnelled, from a client: [`out`].
+    Out,
+    /// It may be a reply: [`back`].
+    Back,
+    /// It is not for the gateway's address.
+    Neither,
+}
+
+/// Looks which way a packet goes.
+#[inline(always)]
+pub fn direction<F: Outer, P: Packet>(packet: &mut P, config: &Config) -> Direction {
+    let own = F::of_config(config);
+    if F::is_zero(&own)
+        || packet.ensure(ETHERNET + F::HEADER).is_err()
+        || !F::load(packet, ETHERNET + F::DST_AT).is_ok_and(|dst| F::same(&dst, &own))
+    {
+        return Direction::Neither;
+    }
+    match tunnel::locate::<F, P>(packet, config.fou_port) {
+        Some(_) => Direction::Out,
+        None => Direction::Back,
+    }
+}
+
+/// Decides about a packet that reached the gateway: [`direction`], then [`out`] or [`back`]. The
+/// programs call these apart, since together they need more stack than a program has.
 ///
 /// # Errors
 ///
 /// Why the packet is dropped.
 #[inline(always)]
-pub fn gateway<F: Parse + Build, P: Packet, T: NatTables<F>>(
+pub fn gateway<F: Outer + Build, P: Packet, T: NatTables<F>>(
     packet: &mut P,
     config: &Config,
     tables: &T,
     rewrite: &mut Rewrite<F>,
-) -> Decision<F, Account<T::Entry>> {
-    let own = F::of_config(config);
-    let Ok(ip) = F::parse(packet, ETHERNET) else {
-        return Ok(Verdict::Pass);
-    };
-    if F::is_zero(&own) || !F::same(&ip.dst, &own) {
-        return Ok(Verdict::Pass);
+) -> Decision<Account<T::Entry>> {
+    match direction::<F, P>(packet, config) {
+        Direction::Out => out(packet, config, tables, rewrite),
+        Direction::Back => back(packet, config, tables, rewrite),
+        Direction::Neither => Ok(Verdict::Pass),
     }
-    if is_tunnelled(packet, &ip, config) {
-        return out(packet, ip, config, tables, rewrite);
-    }
-    back(packet, &ip, config, tables, rewrite)
 }
 
-/// From a client.
+/// Decides about a tunnelled packet: unpacked, translated and sent on.
+///
+/// # Errors
+///
+/// Why the packet is dropped.
 #[inline(always)]
-fn out<F: Parse + Build, P: Packet, T: NatTables<F>>(
+pub fn out<F: Outer + Build, P: Packet, T: NatTables<F>>(
     packet: &mut P,
-    outer: Ip<F>,
     config: &Config,
     tables: &T,
     rewrite: &mut Rewrite<F>,
-) -> Decision<F, Account<T::Entry>> {
+) -> Decision<Account<T::Entry>> {
+    let Some(udp) = tunnel::locate::<F, P>(packet, config.fou_port) else {
+        return Ok(Verdict::Pass);
+    };
+    let outer = tunnel::outer::<F, P>(packet, udp)?;
     if !tables.is_client(&outer.src) {
         return Err(DropReason::UnknownClient);
     }
-    let Unpacked { outer, inner } = unpack(packet, outer)?;
+    let inner = tunnel::inner(packet, &outer)?;
     if !F::same(&inner.src, &outer.src) {
         return Err(DropReason::InnerSourceMismatch);
     }
@@ -123,59 +146,64 @@ fn out<F: Parse + Build, P: Packet, T: NatTables<F>>(
     let l4 = l4::parse(packet, &inner)?;
     let flow = l4.flow(&inner);
     let now = tables.now();
-    let found = nat::outbound(&flow, &l4, &OwnPorts(config), config.seed, now, tables)?;
+    let entry = nat::outbound(&flow, &l4, &OwnPorts(config), config.seed, now, tables)?;
+    let to = tables.translation(entry);
 
     rewrite.begin(&inner, Way::Back);
     rewrite.decrement_ttl(&inner);
     rewrite.take_congestion(&inner, outer.tos);
-    rewrite.translate(&inner, &l4, End::Source, &found.addr, found.port);
+    rewrite.translate(packet, &inner, &l4, End::Source, &to)?;
     rewrite.clamp(&l4, mss::clamp(packet, &l4, wire::inner_mss::<F>(config.mtu))?);
     rewrite.pop = inner.at - ETHERNET;
-    let state = wire::shows(&l4, !found.new, &wire::INITIATOR);
+    let state = wire::shows(&l4, to.used, &wire::INITIATOR);
     Ok(Verdict::Rewrite(Account {
-            entry: found.entry,
-            stat: if F::INDEX == 0 {
-                GatewayStat::MasqueradedV4
-            } else {
-                GatewayStat::MasqueradedV6
-            },
-            tally: wire::tally(packet, &inner, &l4, now, state),
-            new: found.new,
+        entry,
+        stat: if F::INDEX == 0 { GatewayStat::MasqueradedV4 } else { GatewayStat::MasqueradedV6 },
+        tally: wire::tally(packet, &inner, &l4, now, state),
     }))
 }
 
-/// From the world.
+/// Decides about a packet from the world: a reply is translated back and tunnelled to its client.
+///
+/// # Errors
+///
+/// Why the packet is dropped.
 #[inline(always)]
-fn back<F: Parse + Build, P: Packet, T: NatTables<F>>(
+pub fn back<F: Parse + Build, P: Packet, T: NatTables<F>>(
     packet: &mut P,
-    ip: &Ip<F>,
     config: &Config,
     tables: &T,
     rewrite: &mut Rewrite<F>,
-) -> Decision<F, Account<T::Entry>> {
+) -> Decision<Account<T::Entry>> {
+    // What is broken, or cannot be translated, is the local stack's to judge.
+    let Ok(ip) = F::parse(packet, ETHERNET) else {
+        return Ok(Verdict::Pass);
+    };
+    let ip = &ip;
     let Ok(l4) = l4::parse(packet, ip) else {
         return Ok(Verdict::Pass);
     };
     let now = tables.now();
     let flow = l4.flow(ip);
-    let Some(found) = nat::inbound(&flow, now, tables) else {
+    let Some(entry) = nat::inbound(&flow, now, tables) else {
         return Ok(Verdict::Pass);
     };
     if ip.ttl <= 1 {
         return Err(DropReason::TtlExceeded);
     }
     if wire::exceeds(packet, ip, &l4, config.mtu) {
-        return Ok(Verdict::TooBig(wire::refuse(ip, F::of_config(config), config.mtu)));
+        return Ok(Verdict::TooBig(wire::refuse(ip, config.mtu)));
     }
 
-    let hash = flow.hash(config.seed);
     rewrite.begin(ip, Way::Back);
-    rewrite.decrement_ttl(ip);
-    rewrite.translate(ip, &l4, End::Destination, &found.addr, found.port);
     rewrite.clamp(&l4, mss::clamp(packet, &l4, wire::inner_mss::<F>(config.mtu))?);
+    rewrite.decrement_ttl(ip);
+    let to = tables.translation(entry);
+    rewrite.translate(packet, ip, &l4, End::Destination, &to)?;
+    let hash = flow.hash(config.seed);
     rewrite.push = Some(Tunnel {
-        src: ip.dst,
-        dst: found.addr,
+        src: F::of_config(config),
+        dst: to.addr,
         src_port: source_port(config.flags & CONFIG_SOURCE_PORT_AUTO != 0, hash, config),
         dst_port: config.fou_port,
         ecn: ip.tos & 3,
@@ -184,9 +212,8 @@ fn back<F: Parse + Build, P: Packet, T: NatTables<F>>(
     });
     let state = wire::shows(&l4, true, &wire::RESPONDER);
     Ok(Verdict::Rewrite(Account {
-            entry: found.entry,
-            stat: if F::INDEX == 0 { GatewayStat::ReplyV4 } else { GatewayStat::ReplyV6 },
-            tally: wire::tally(packet, ip, &l4, now, state),
-            new: false,
+        entry,
+        stat: if F::INDEX == 0 { GatewayStat::ReplyV4 } else { GatewayStat::ReplyV6 },
+        tally: wire::tally(packet, ip, &l4, now, state),
     }))
 }

@@ -4,25 +4,51 @@
 //! one step that decides between two flows that want the same port. The forward entry is found by
 //! what the client sends. Either half can be rebuilt from the other.
 
-use coil_common::{stats::DropReason, values::STATE_SYN};
+use coil_common::{
+    stats::{DropReason, GatewayStat},
+    values::STATE_SYN,
+};
 
 use super::wire;
 use crate::{
     family::Family,
-    flow::Flow,
+    flow::{Flow, Hash},
     parse::{L4, l4::Kind},
     tables::{NatTables, Ports, ReserveError},
 };
 
-/// Ports that are tried for a new flow after its own.
-const PROBES: u16 = 16;
+/// Ports that are tried for a new flow, its own included.
+const PROBES: u32 = 16;
 
-/// An entry and what it says.
-pub(super) struct Found<F: Family, E> {
-    pub(super) entry: E,
-    pub(super) addr: F::Addr,
-    pub(super) port: [u8; 2],
-    pub(super) new: bool,
+/// A sequence of ports that jumps about in a range: free ports are rare right after those that flows
+/// kept. There are no branches in it, since each would double what the verifier has to walk through
+/// in every round.
+struct Probes {
+    state: u64,
+    first: u16,
+    size: u32,
+}
+
+impl Probes {
+    #[inline(always)]
+    fn new(hash: Hash, (first, last): (u16, u16)) -> Self {
+        let size = u32::from(last.wrapping_sub(first)) + 1;
+        Self { state: hash.bits64(), first, size }
+    }
+
+    #[inline(always)]
+    const fn contains(&self, port: u16) -> bool {
+        (port.wrapping_sub(self.first) as u32) < self.size
+    }
+
+    #[inline(always)]
+    fn next(&mut self) -> u16 {
+        // The generator of Knuth's MMIX; its high bits are the good ones.
+        self.state =
+            self.state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        let step = ((self.state >> 32) * u64::from(self.size)) >> 32;
+        self.first.wrapping_add((step & 0xffff) as u16)
+    }
 }
 
 /// Finds or makes the translation of a packet from a client.
@@ -34,23 +60,25 @@ pub(super) fn outbound<F: Family, T: NatTables<F>, O: Ports<F>>(
     seed: u32,
     now: u32,
     tables: &T,
-) -> Result<Found<F, T::Entry>, DropReason> {
-    let key = flow.key();
+) -> Result<T::Entry, DropReason> {
+    // Key and value of the other half are written over and over, to spare the stack.
+    let mut back = flow.reversed();
+    let mut value;
     let mut lost = false;
-    if let Some(entry) = tables.forward(&key) {
+    if let Some(entry) = tables.forward(flow.key()) {
         let known = tables.translation(entry);
         let opens = wire::opens(l4);
         if opens || known.last_seen != now {
             // Once a second at most: is the other half still there?
-            let back = translated(flow, &known.addr, known.port).reversed().key();
-            if let Some(reverse) = tables.reverse(&back) {
+            back.set_dst(&known.addr, known.port);
+            if let Some(reverse) = tables.reverse(back.key()) {
                 if opens && known.state & !STATE_SYN != 0 {
                     tables.restart(entry);
                     tables.restart(reverse);
                 }
             } else {
-                let value = F::translation(&flow.src, flow.src_port, 0, now);
-                match tables.reserve(&back, &value) {
+                value = F::translation(&flow.src(), flow.src_port(), 0, now);
+                match tables.reserve(back.key(), &value) {
                     Ok(()) => {}
                     // Another flow has the port by now: start over with another one.
                     Err(ReserveError::Taken) => lost = true,
@@ -59,7 +87,7 @@ pub(super) fn outbound<F: Family, T: NatTables<F>, O: Ports<F>>(
             }
         }
         if !lost {
-            return Ok(Found { entry, addr: known.addr, port: known.port, new: false });
+            return Ok(entry);
         }
     }
     let may_open = match l4.kind {
@@ -70,42 +98,20 @@ pub(super) fn outbound<F: Family, T: NatTables<F>, O: Ports<F>>(
     if !may_open {
         return Err(DropReason::NoState);
     }
-    create(flow, &key, l4, ports, seed, now, tables)
-}
 
-/// The flow as it leaves.
-#[inline(always)]
-fn translated<F: Family>(flow: &Flow<F>, addr: &F::Addr, port: [u8; 2]) -> Flow<F> {
-    Flow { src: *addr, src_port: port, ..*flow }
-}
-
-/// Reserves a port and makes both entries.
-#[inline(always)]
-fn create<F: Family, T: NatTables<F>, O: Ports<F>>(
-    flow: &Flow<F>,
-    key: &F::Key,
-    l4: &L4,
-    ports: &O,
-    seed: u32,
-    now: u32,
-    tables: &T,
-) -> Result<Found<F, T::Entry>, DropReason> {
     let addr = ports.address();
-    let (first, last) = ports.range();
-    let size = last.saturating_sub(first).saturating_add(1);
-    let hash = flow.hash(seed);
-    let mut value = F::translation(&flow.src, flow.src_port, 0, now);
-
-    let mut candidate = u16::from_be_bytes(flow.src_port);
-    let mut usable = candidate >= first && candidate <= last;
-    let mut step = hash.below(size);
-    let stride = hash.below_again(size) | 1;
-    let mut back = translated(flow, &addr, flow.src_port).reversed().key();
+    let mut probes = Probes::new(flow.hash(seed), ports.range());
+    let mut candidate = u16::from_be_bytes(flow.src_port());
+    if !probes.contains(candidate) {
+        candidate = probes.next();
+    }
     let mut reserved = false;
-    for _ in 0..=PROBES {
-        if usable && !ports.is_excluded(candidate) {
-            F::set_dst_port(&mut back, candidate.to_be_bytes());
-            match tables.reserve(&back, &value) {
+    back.set_dst(&addr, flow.src_port());
+    value = F::translation(&flow.src(), flow.src_port(), 0, now);
+    for _ in 0..PROBES {
+        if !ports.is_excluded(candidate) {
+            back.set_dst_port(candidate.to_be_bytes());
+            match tables.reserve(back.key(), &value) {
                 Ok(()) => {
                     reserved = true;
                     break;
@@ -114,47 +120,37 @@ fn create<F: Family, T: NatTables<F>, O: Ports<F>>(
                 Err(ReserveError::Full) => return Err(DropReason::NatTableFull),
             }
         }
-        candidate = first.wrapping_add(step);
-        usable = true;
-        // Not by one: free ports are rare right after those that flows kept.
-        let (next, over) = step.overflowing_add(stride);
-        step = if over || next >= size { next.wrapping_sub(size) } else { next };
+        candidate = probes.next();
     }
     if !reserved {
         return Err(DropReason::PortsExhausted);
     }
-    let port = candidate.to_be_bytes();
-    value = F::translation(&addr, port, wire::shows(l4, false, &wire::INITIATOR), now);
-    if tables.put_forward(key, &value).is_err() {
-        tables.release(&back);
+    value = F::translation(&addr, candidate.to_be_bytes(), wire::shows(l4, false, &wire::INITIATOR), now);
+    if tables.put_forward(flow.key(), &value).is_err() {
+        tables.release(back.key());
         return Err(DropReason::NatTableFull);
     }
-    match tables.forward(key) {
-        Some(entry) => Ok(Found { entry, addr, port, new: true }),
-        // Removed under our hands; the next packet finds or makes it.
-        None => Err(DropReason::NoState),
-    }
+    let stat = if F::INDEX == 0 { GatewayStat::NewFlowV4 } else { GatewayStat::NewFlowV6 };
+    tables.count_gateway(stat, 1, 0);
+    // Should it be removed under our hands, the next packet finds or makes it.
+    tables.forward(flow.key()).ok_or(DropReason::NoState)
 }
 
 /// Finds the translation of a reply, and rebuilds the forward half if it is gone.
 #[inline(always)]
-pub(super) fn inbound<F: Family, T: NatTables<F>>(
-    flow: &Flow<F>,
-    now: u32,
-    tables: &T,
-) -> Option<Found<F, T::Entry>> {
-    let entry = tables.reverse(&flow.key())?;
+pub(super) fn inbound<F: Family, T: NatTables<F>>(flow: &Flow<F>, now: u32, tables: &T) -> Option<T::Entry> {
+    let entry = tables.reverse(flow.key())?;
     let known = tables.translation(entry);
     if known.last_seen != now {
-        let out = Flow { src: known.addr, src_port: known.port, ..flow.reversed() };
-        let key = out.key();
-        if tables.forward(&key).is_none() {
-            let value = F::translation(&flow.dst, flow.dst_port, 0, now);
+        let mut out = flow.reversed();
+        out.set_src(&known.addr, known.port);
+        if tables.forward(out.key()).is_none() {
+            let value = F::translation(&flow.dst(), flow.dst_port(), 0, now);
             // Without room the client's next packet will say so.
-            if tables.put_forward(&key, &value).is_err() {
-                return Some(Found { entry, addr: known.addr, port: known.port, new: false });
+            if tables.put_forward(out.key(), &value).is_err() {
+                return Some(entry);
             }
         }
     }
-    Some(Found { entry, addr: known.addr, port: known.port, new: false })
+    Some(entry)
 }

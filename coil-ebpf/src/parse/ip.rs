@@ -52,7 +52,8 @@ impl<F: Family> Ip<F> {
     #[inline(always)]
     #[must_use]
     pub const fn payload(&self) -> usize {
-        self.end().saturating_sub(self.l4)
+        // Whoever made this has compared the two.
+        self.end().wrapping_sub(self.l4)
     }
 }
 
@@ -141,49 +142,102 @@ impl Parse for V6 {
             check: [0; 2],
             obstacle: None,
         };
-        if matches!(next, HOP_BY_HOP | ROUTING | FRAGMENT | DESTINATION) {
-            walk(packet, &mut ip);
+        if is_extension(next) {
+            let found = packet.walk_extensions(ip.l4, next, ip.payload());
+            ip.protocol = found.protocol;
+            ip.l4 += usize::from(found.length);
+            ip.obstacle = found.obstacle;
         }
         Ok(ip)
     }
 }
 
-/// Walks over extension headers until the transport header.
+/// An extension header that is known.
 #[inline(always)]
-fn walk<P: Packet>(packet: &mut P, ip: &mut Ip<V6>) {
-    let mut skipped = 0;
+const fn is_extension(next: u8) -> bool {
+    matches!(next, HOP_BY_HOP | ROUTING | FRAGMENT | DESTINATION)
+}
+
+/// What a walk over extension headers found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Extensions {
+    /// What follows them.
+    pub protocol: u8,
+    /// Their length together.
+    pub length: u16,
+    /// Why what follows them cannot be used.
+    pub obstacle: Option<DropReason>,
+}
+
+impl Extensions {
+    /// As a number, for a function that can return nothing else.
+    #[inline(always)]
+    #[must_use]
+    pub const fn pack(self) -> u64 {
+        let obstacle = match self.obstacle {
+            None => 0,
+            Some(DropReason::Fragment) => 1,
+            Some(DropReason::Truncated) => 2,
+            Some(DropReason::Malformed) => 3,
+            Some(_) => 4,
+        };
+        (obstacle << 32) | ((self.length as u64) << 8) | self.protocol as u64
+    }
+
+    /// The inverse of [`Extensions::pack`].
+    #[inline(always)]
+    #[must_use]
+    pub const fn unpack(packed: u64) -> Self {
+        Self {
+            protocol: (packed & 0xff) as u8,
+            length: (packed >> 8 & 0x1fff) as u16,
+            obstacle: match packed >> 32 {
+                0 => None,
+                1 => Some(DropReason::Fragment),
+                2 => Some(DropReason::Truncated),
+                3 => Some(DropReason::Malformed),
+                _ => Some(DropReason::ExtensionHeaders),
+            },
+        }
+    }
+}
+
+/// Walks over extension headers that start at `at` with one of kind `next`, inside `room` bytes.
+#[inline(always)]
+pub fn walk<P: Packet + ?Sized>(packet: &mut P, at: usize, next: u8, room: usize) -> Extensions {
+    let mut found = Extensions { protocol: next, length: 0, obstacle: None };
     for _ in 0..MAX_EXTENSIONS {
-        match ip.protocol {
+        match found.protocol {
             HOP_BY_HOP | ROUTING | DESTINATION => {}
             FRAGMENT => {
-                ip.obstacle = Some(DropReason::Fragment);
-                return;
+                found.obstacle = Some(DropReason::Fragment);
+                return found;
             }
-            _ => return,
+            _ => return found,
         }
-        let at = ip.at + V6::HEADER + skipped;
+        let header = at + usize::from(found.length);
+        let Ok([next, units, _, segments_left]) =
+            packet.ensure(header + 8).and_then(|()| packet.load::<4>(header))
+        else {
+            found.obstacle = Some(DropReason::Truncated);
+            return found;
+        };
+        let length = found.length + (u16::from(units) + 1) * 8;
+        if usize::from(length) > room {
+            found.obstacle = Some(DropReason::Malformed);
+            return found;
+        }
         // Of a routing header that still has segments left the final destination, which the
         // transport checksum covers, is not in the IP header.
-        let Ok([next, units, _, segments_left]) =
-            packet.ensure(at + 8).and_then(|()| packet.load::<4>(at))
-        else {
-            ip.obstacle = Some(DropReason::Truncated);
-            return;
-        };
-        let length = (usize::from(units) + 1) * 8;
-        if skipped + length > ip.length as usize - V6::HEADER {
-            ip.obstacle = Some(DropReason::Malformed);
-            return;
+        if found.protocol == ROUTING && segments_left != 0 {
+            found.obstacle = Some(DropReason::ExtensionHeaders);
+            return found;
         }
-        if ip.protocol == ROUTING && segments_left != 0 {
-            ip.obstacle = Some(DropReason::ExtensionHeaders);
-            return;
-        }
-        ip.protocol = next;
-        skipped += length;
-        ip.l4 = ip.at + V6::HEADER + skipped;
+        found.protocol = next;
+        found.length = length;
     }
-    if matches!(ip.protocol, HOP_BY_HOP | ROUTING | FRAGMENT | DESTINATION) {
-        ip.obstacle = Some(DropReason::ExtensionHeaders);
+    if is_extension(found.protocol) {
+        found.obstacle = Some(DropReason::ExtensionHeaders);
     }
+    found
 }

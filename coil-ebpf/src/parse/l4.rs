@@ -93,13 +93,7 @@ impl L4 {
     #[inline(always)]
     #[must_use]
     pub fn flow<F: Family>(&self, ip: &Ip<F>) -> Flow<F> {
-        Flow {
-            src: ip.src,
-            dst: ip.dst,
-            src_port: self.src_port,
-            dst_port: self.dst_port,
-            protocol: ip.protocol,
-        }
+        Flow::new(&ip.src, &ip.dst, self.src_port, self.dst_port, ip.protocol)
     }
 }
 
@@ -127,13 +121,7 @@ pub fn parse<F: Family, P: Packet>(packet: &mut P, ip: &Ip<F>) -> Result<L4, Dro
         if header < 20 || header > room {
             return Err(DropReason::Malformed);
         }
-        return Ok(L4 {
-            kind: Kind::Tcp(flags),
-            at,
-            header,
-            src_port: [s0, s1],
-            dst_port: [d0, d1],
-        });
+        return Ok(L4 { kind: Kind::Tcp(flags), at, header, src_port: [s0, s1], dst_port: [d0, d1] });
     }
     if ip.protocol == UDP {
         if room < 8 {
@@ -145,13 +133,7 @@ pub fn parse<F: Family, P: Packet>(packet: &mut P, ip: &Ip<F>) -> Result<L4, Dro
         if length < 8 || length > room {
             return Err(DropReason::Malformed);
         }
-        return Ok(L4 {
-            kind: Kind::Udp,
-            at,
-            header: 8,
-            src_port: [s0, s1],
-            dst_port: [d0, d1],
-        });
+        return Ok(L4 { kind: Kind::Udp, at, header: 8, src_port: [s0, s1], dst_port: [d0, d1] });
     }
     if ip.protocol == F::ICMP {
         if room < 8 {
