@@ -19,6 +19,7 @@ use crate::metrics::ReconcileMetrics;
 use crate::plan::egress::Settings;
 use crate::programs::coil_controller::NAME;
 use crate::reconcilers::bindings::Bindings;
+use crate::reconcilers::clients::Clients;
 use crate::reconcilers::egress::{self, Context, Memory};
 
 /// Time for what is under way when the process is told to end.
@@ -92,8 +93,11 @@ pub async fn run_controllers(
         metrics: ReconcileMetrics::register(&registry)?,
         memory: Mutex::new(Memory::default()),
     };
+    let (clients, client_watches) =
+        Clients::new(context.client.clone(), bindings.egresses(), bindings.egress_changes());
     let egresses = egress::run(Arc::new(context), &registry, drain.clone());
-    let (egresses, ()) = tokio::join!(egresses, bindings.run(watches, drain));
+    let (egresses, (), ()) =
+        tokio::join!(egresses, bindings.run(watches, drain.clone()), clients.run(client_watches, drain),);
     egresses?;
     Ok(())
 }

@@ -8,7 +8,7 @@ use std::time::Duration;
 use coil_api::{Egress, names};
 use coil_runtime::tasks::Drain;
 use futures::stream::{BoxStream, select};
-use futures::{StreamExt, TryStreamExt};
+use futures::{Stream, StreamExt, TryStreamExt};
 use k8s_openapi::api::rbac::v1::{ClusterRoleBinding, Subject};
 use kube::api::PostParams;
 use kube::core::DeserializeGuard;
@@ -32,6 +32,8 @@ pub(crate) struct Bindings {
     lock: Mutex<()>,
     /// Counts changes of the binding that others may wait for.
     changed: watch::Sender<u64>,
+    /// The same for Egresses.
+    egress_changed: watch::Sender<u64>,
 }
 
 /// The watches that [`Bindings::run`] follows.
@@ -57,15 +59,31 @@ impl Bindings {
         let binding_events =
             watcher(binding_api, only_ours).default_backoff().touched_objects().map_ok(|_| Changed::Binding);
         let watches = Watches(select(egress_events, binding_events).boxed());
-        (Self { client, egresses, lock: Mutex::new(()), changed: watch::Sender::new(0) }, watches)
+        (
+            Self {
+                client,
+                egresses,
+                lock: Mutex::new(()),
+                changed: watch::Sender::new(0),
+                egress_changed: watch::Sender::new(0),
+            },
+            watches,
+        )
     }
 
     /// Yields whenever the binding itself changed, for those who failed for want of it.
-    pub(crate) fn changes(&self) -> impl futures::Stream<Item = ()> + Send + 'static {
-        futures::stream::unfold(self.changed.subscribe(), |mut receiver| async {
-            receiver.changed().await.ok()?;
-            Some(((), receiver))
-        })
+    pub(crate) fn changes(&self) -> impl Stream<Item = ()> + Send + use<> {
+        stream_of(self.changed.subscribe())
+    }
+
+    /// All Egresses.
+    pub(crate) fn egresses(&self) -> Store<DeserializeGuard<Egress>> {
+        self.egresses.clone()
+    }
+
+    /// Yields whenever an Egress changed.
+    pub(crate) fn egress_changes(&self) -> impl Stream<Item = ()> + Send + use<> {
+        stream_of(self.egress_changed.subscribe())
     }
 
     /// Follows Egresses and the binding until drained.
@@ -77,9 +95,11 @@ impl Bindings {
                 () = drain.cancelled() => return,
                 event = watches.next() => match event {
                     Some(Ok(changed)) => {
-                        if let Changed::Binding = changed {
-                            self.changed.send_modify(|count| *count += 1);
-                        }
+                        let counter = match changed {
+                            Changed::Binding => &self.changed,
+                            Changed::Egress => &self.egress_changed,
+                        };
+                        counter.send_modify(|count| *count += 1);
                         due.get_or_insert_with(|| tokio::time::Instant::now() + SETTLE);
                     }
                     Some(Err(error)) => {
@@ -136,6 +156,13 @@ impl Bindings {
     }
 }
 
+fn stream_of(receiver: watch::Receiver<u64>) -> impl Stream<Item = ()> + Send {
+    futures::stream::unfold(receiver, |mut receiver| async {
+        receiver.changed().await.ok()?;
+        Some(((), receiver))
+    })
+}
+
 fn subjects(namespaces: &BTreeSet<String>) -> Vec<Subject> {
     namespaces
         .iter()
@@ -148,7 +175,8 @@ fn subjects(namespaces: &BTreeSet<String>) -> Vec<Subject> {
         .collect()
 }
 
-async fn sleep_until(due: Option<tokio::time::Instant>) {
+/// Never, if nothing is due.
+pub(super) async fn sleep_until(due: Option<tokio::time::Instant>) {
     match due {
         Some(due) => tokio::time::sleep_until(due).await,
         None => std::future::pending().await,

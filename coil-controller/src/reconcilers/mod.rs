@@ -2,4 +2,5 @@
 
 mod apply;
 pub(crate) mod bindings;
+pub(crate) mod clients;
 pub(crate) mod egress;

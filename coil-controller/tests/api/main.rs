@@ -7,7 +7,7 @@ mod support;
 
 use coil_api::Egress;
 use k8s_openapi::api::apps::v1::Deployment;
-use k8s_openapi::api::core::v1::{Namespace, Service, ServiceAccount};
+use k8s_openapi::api::core::v1::{Namespace, Pod, Service, ServiceAccount};
 use k8s_openapi::api::events::v1::Event;
 use k8s_openapi::api::policy::v1::PodDisruptionBudget;
 use k8s_openapi::api::rbac::v1::ClusterRoleBinding;
@@ -327,4 +327,53 @@ async fn a_namespace_can_be_deleted_with_its_egress() {
         namespaces.get_opt(&namespace).await.unwrap().is_none().then_some(())
     })
     .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn running_clients_are_counted() {
+    let cluster = Cluster::start().await;
+    let namespace = cluster.namespace("internet").await;
+    let egresses: Api<Egress> = Api::namespaced(cluster.client(), &namespace);
+    let pods: Api<Pod> = Api::namespaced(cluster.client(), &namespace);
+    cluster
+        .egress(
+            &namespace,
+            "egress",
+            json!({ "clients": [{ "podSelector": { "matchLabels": { "app": "web" } } }] }),
+        )
+        .await;
+    let count = |wanted: i32| {
+        let egresses = &egresses;
+        eventually("count", move || async move {
+            (egresses.get("egress").await.unwrap().status?.clients == Some(wanted)).then_some(())
+        })
+    };
+    count(0).await;
+    for (name, metadata) in [
+        ("by-label", json!({ "labels": { "app": "web" } })),
+        (
+            "by-annotation",
+            json!({ "annotations": { format!("egress.coil.cybozu.com/{namespace}"): "egress" } }),
+        ),
+        ("neither", json!({})),
+    ] {
+        let mut pod =
+            json!({ "metadata": metadata, "spec": { "containers": [{ "name": "c", "image": "i" }] } });
+        pod["metadata"]["name"] = json!(name);
+        pods.create(&PostParams::default(), &serde_json::from_value(pod).unwrap()).await.unwrap();
+        let running = Patch::Merge(json!({ "status": { "phase": "Running" } }));
+        pods.patch_status(name, &PatchParams::default(), &running).await.unwrap();
+    }
+    count(2).await;
+    pods.delete("by-label", &DeleteParams { grace_period_seconds: Some(0), ..DeleteParams::default() })
+        .await
+        .unwrap();
+    count(1).await;
+    // The reconciler leaves it alone.
+    cluster.patch(&namespace, "egress", json!({ "replicas": 2 })).await;
+    eventually("generation", || async {
+        (egresses.get("egress").await.unwrap().status?.observed_generation == Some(2)).then_some(())
+    })
+    .await;
+    count(1).await;
 }
