@@ -14,6 +14,8 @@ const DNS: u16 = 53;
 
 /// TCP that has not got beyond its opening packets.
 pub const TCP_OPENING: u32 = 30;
+/// The same while the table is nearly full: a flood of opening packets must not keep others out.
+pub const TCP_OPENING_PRESSED: u32 = 10;
 /// Established TCP: two hours and four minutes.
 pub const TCP_ESTABLISHED: u32 = 7440;
 /// TCP of which one side has finished.

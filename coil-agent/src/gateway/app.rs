@@ -185,7 +185,8 @@ impl ClientKeeper {
 
 /// Collects expired translations, a slice at a time.
 async fn collect(v4: NatMaps<V4>, v6: NatMaps<V6>, shared: Shared) -> Result<(), DatapathError> {
-    let mut collectors = Some((Collector::new(v4), Collector::new(v6)));
+    let (capacity_v4, capacity_v6) = (v4.capacity(), v6.capacity());
+    let mut collectors = Some((Collector::new(v4, capacity_v4), Collector::new(v6, capacity_v6)));
     let mut interval = tokio::time::interval(COLLECT);
     interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let mut walk = Duration::ZERO;

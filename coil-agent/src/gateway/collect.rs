@@ -9,7 +9,9 @@ use std::marker::PhantomData;
 
 use super::nat::{Facts, Half, NatFamily, NatStore};
 use crate::datapath::internal::Cursor;
-use crate::datapath::timeouts::{TCP_RESET, expired, timeout};
+use crate::datapath::timeouts::{TCP_OPENING, TCP_OPENING_PRESSED, TCP_RESET, expired, timeout};
+
+const TCP: u32 = libc::IPPROTO_TCP.cast_unsigned();
 
 /// No translation expires earlier than this after its last packet.
 const SHORTEST: u32 = TCP_RESET;
@@ -34,6 +36,8 @@ pub(crate) struct Totals {
 /// The collector of one family.
 pub(crate) struct Collector<F, S> {
     store: S,
+    /// Translations that fit.
+    capacity: u64,
     half: Half,
     cursor: Cursor,
     live: u64,
@@ -43,10 +47,11 @@ pub(crate) struct Collector<F, S> {
 }
 
 impl<F: NatFamily, S: NatStore<F>> Collector<F, S> {
-    /// At the beginning of a walk.
-    pub(crate) fn new(store: S) -> Self {
+    /// At the beginning of a walk through tables of this capacity.
+    pub(crate) fn new(store: S, capacity: usize) -> Self {
         Self {
             store,
+            capacity: capacity as u64,
             half: Half::Reverse,
             cursor: Cursor::default(),
             live: 0,
@@ -90,14 +95,14 @@ impl<F: NatFamily, S: NatStore<F>> Collector<F, S> {
 
     fn reverse(&mut self, now: u32, key: &F::Key, value: &F::Value) -> Result<(), S::Error> {
         let recent = !expired(now, F::facts(value).last_seen, SHORTEST);
-        if recent || due::<F>(now, key, Some(value), self.half_of(key, value)?.as_ref()).is_none() {
+        if recent || self.due(now, key, Some(value), self.half_of(key, value)?.as_ref()).is_none() {
             self.live += 1;
             return Ok(());
         }
         // A packet may have come since the slice was read, or the port may have another user.
         let Some(value) = self.store.get(Half::Reverse, key)? else { return Ok(()) };
         let forward = self.half_of(key, &value)?;
-        let Some(late) = due::<F>(now, key, Some(&value), forward.as_ref()) else {
+        let Some(late) = self.due(now, key, Some(&value), forward.as_ref()) else {
             self.live += 1;
             return Ok(());
         };
@@ -127,7 +132,7 @@ impl<F: NatFamily, S: NatStore<F>> Collector<F, S> {
         let late = match self.owner(key, &value)? {
             Owner::Us => None,
             // The datapath mends it if the client sends on, until it would have expired.
-            Owner::Nobody => due::<F>(now, &reverse_key, None, Some(&value)),
+            Owner::Nobody => self.due(now, &reverse_key, None, Some(&value)),
             // Replies to this one would go to somebody else.
             Owner::Other => Some(0),
         };
@@ -149,6 +154,30 @@ impl<F: NatFamily, S: NatStore<F>> Collector<F, S> {
         })
     }
 
+    /// By how many seconds a translation has outlived its time; `None` if it has not.
+    fn due(
+        &self,
+        now: u32,
+        key: &F::Key,
+        reverse: Option<&F::Value>,
+        forward: Option<&F::Value>,
+    ) -> Option<u32> {
+        let facts = |value: Option<&F::Value>| value.map_or(Facts::default(), F::facts);
+        let (reverse, forward) = (facts(reverse), facts(forward));
+        let (protocol, port) = F::service(key);
+        let last_seen = reverse.last_seen.max(forward.last_seen);
+        let timeout = match timeout(protocol, port, reverse.state | forward.state) {
+            TCP_OPENING if u32::from(protocol) == TCP && self.is_pressed() => TCP_OPENING_PRESSED,
+            timeout => timeout,
+        };
+        expired(now, last_seen, timeout).then(|| now - last_seen - timeout)
+    }
+
+    /// More than four fifths of the table were in use at the last walk.
+    fn is_pressed(&self) -> bool {
+        self.totals.entries.saturating_mul(5) > self.capacity.saturating_mul(4)
+    }
+
     fn harvest(&mut self, late: u32, reverse: Option<F::Value>, forward: Option<F::Value>) {
         let facts = |value: Option<F::Value>| value.map_or(Facts::default(), |v| F::facts(&v));
         self.totals.expired += 1;
@@ -163,21 +192,6 @@ enum Owner {
     Us,
     Other,
     Nobody,
-}
-
-/// By how many seconds a translation has outlived its time; `None` if it has not.
-fn due<F: NatFamily>(
-    now: u32,
-    key: &F::Key,
-    reverse: Option<&F::Value>,
-    forward: Option<&F::Value>,
-) -> Option<u32> {
-    let facts = |value: Option<&F::Value>| value.map_or(Facts::default(), F::facts);
-    let (reverse, forward) = (facts(reverse), facts(forward));
-    let (protocol, port) = F::service(key);
-    let last_seen = reverse.last_seen.max(forward.last_seen);
-    let timeout = timeout(protocol, port, reverse.state | forward.state);
-    expired(now, last_seen, timeout).then(|| now - last_seen - timeout)
 }
 
 #[cfg(test)]

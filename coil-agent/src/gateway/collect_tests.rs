@@ -6,7 +6,7 @@ use coil_common::values::{NatValue4, STATE_CONFIRMED, STATE_FIN, STATE_REPLY, ST
 use super::super::nat::V4;
 use super::super::nat::fake::FakeNat;
 use super::*;
-use crate::datapath::timeouts::{TCP_CLOSED, TCP_ESTABLISHED, TCP_OPENING, UDP_DNS};
+use crate::datapath::timeouts::{TCP_CLOSED, TCP_ESTABLISHED, TCP_OPENING, TCP_OPENING_PRESSED, UDP_DNS};
 
 const CLIENT: [u8; 4] = [10, 0, 0, 1];
 const GATEWAY: [u8; 4] = [10, 9, 0, 1];
@@ -47,7 +47,7 @@ fn add(tables: &mut Tables, port: u16, remote_port: u16, protocol: u8, state: [u
 }
 
 fn walk(tables: Tables, now: u32) -> (Tables, Totals) {
-    let mut collector = Collector::<V4, _>::new(tables);
+    let mut collector = Collector::<V4, _>::new(tables, 100);
     while !collector.sweep(now, 1000).unwrap() {}
     (collector.store, collector.totals)
 }
@@ -118,4 +118,19 @@ fn a_forward_half_whose_port_is_anothers_goes_at_once() {
     let (tables, totals) = walk(tables, 1000);
     assert_eq!(tables.forward.keys().next(), Some(&forward_key(1, 443, 6)));
     assert_eq!((tables.forward.len(), tables.reverse.len(), totals.orphans), (1, 1, 1));
+}
+
+#[test]
+fn a_full_table_is_rid_of_opening_packets_sooner() {
+    let mut tables = Tables::default();
+    for port in 1..=5 {
+        add(&mut tables, port * 2, 443, 6, [STATE_SYN, 0], [1000, 1000]);
+    }
+    add(&mut tables, 99, 53, 17, [0, 0], [1000, 1000]);
+    let mut collector = Collector::<V4, _>::new(tables, 6);
+    let now = 1000 + TCP_OPENING_PRESSED;
+    while !collector.sweep(now, 1000).unwrap() {}
+    assert_eq!((collector.totals.entries, collector.totals.expired), (6, 0));
+    while !collector.sweep(now, 1000).unwrap() {}
+    assert_eq!((collector.totals.entries, collector.totals.expired), (1, 5));
 }
