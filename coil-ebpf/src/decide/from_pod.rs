@@ -250,7 +250,10 @@ fn unsupported<F: Family, P: Packet, T: NodeTables<F>>(
     reason: DropReason,
     tables: &T,
 ) -> Decision<Account<T::Flow>> {
+    // Neighbour discovery may be about an address of any kind, but never crosses a router; a hop
+    // limit of 255 is what its receivers want to see.
     if reason as u32 == DropReason::UnsupportedIcmp as u32
+        && ip.ttl == 255
         && packet.load::<2>(ip.l4).is_ok_and(|[kind, _]| F::is_link_icmp(kind))
     {
         return Ok(Verdict::Pass);
