@@ -3,7 +3,6 @@
 //! Owns how a pod's host-side interface is found. Does not decide which pod is whose.
 
 pub mod fake;
-mod netns;
 mod rt;
 
 use std::future::Future;
@@ -11,7 +10,6 @@ use std::io;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 
-pub use netns::in_netns;
 pub use rt::RtNetlink;
 
 /// A network interface.
@@ -55,8 +53,8 @@ pub enum NetlinkError {
         #[source]
         source: io::Error,
     },
-    /// A network name space cannot be entered.
-    #[error("cannot enter network name space {}", path.display())]
+    /// A network name space cannot be looked at.
+    #[error("cannot use network name space {}", path.display())]
     Namespace {
         /// Path of the name space.
         path: PathBuf,

@@ -15,7 +15,7 @@ use netlink_packet_route::nsid::{NsidAttribute, NsidMessage};
 use netlink_packet_route::route::{RouteAddress, RouteAttribute, RouteMessage};
 use rtnetlink::Handle;
 
-use super::{Link, Netlink, NetlinkError, in_netns};
+use super::{Link, Netlink, NetlinkError};
 
 /// Netlink of the name space in which it was made.
 #[derive(Clone, Debug)]
@@ -39,6 +39,11 @@ impl RtNetlink {
         let (get, subject) = match request {
             GetLink::Index(index) => (get.match_index(index), format!("interface {index}")),
             GetLink::Name(name) => (get.match_name(name), format!("interface {name}")),
+            GetLink::Elsewhere(netns, name) => {
+                let mut get = get.match_name(name);
+                get.message_mut().attributes.push(LinkAttribute::IfNetnsId(netns));
+                (get, format!("interface {name} of name space {netns}"))
+            }
         };
         match get.execute().try_next().await {
             Ok(message) => Ok(message.as_ref().map(link)),
@@ -119,6 +124,8 @@ impl RtNetlink {
 enum GetLink<'a> {
     Index(u32),
     Name(&'a str),
+    /// In the name space that ours knows by this number.
+    Elsewhere(i32, &'a str),
 }
 
 impl Netlink for RtNetlink {
@@ -161,11 +168,13 @@ impl Netlink for RtNetlink {
     async fn host_peer(&self, netns: &Path, name: &str) -> Result<Link, NetlinkError> {
         let problem =
             |detail| NetlinkError::NoHostPeer { netns: netns.to_path_buf(), name: name.to_owned(), detail };
-        let inside = {
-            let name = name.to_owned();
-            in_netns(netns, move || blocking_link(&name)).await??
-        }
-        .ok_or_else(|| problem("there is no such interface"))?;
+        // Asking across is less than entering, for which no less than CAP_SYS_ADMIN would do. A name
+        // space without a number has no interface whose other end is here.
+        let id = self.netns_id(netns).await?.ok_or_else(|| problem("no interface here leads into it"))?;
+        let inside = self
+            .get(GetLink::Elsewhere(id, name))
+            .await?
+            .ok_or_else(|| problem("there is no such interface"))?;
         if !inside.is_veth() {
             return Err(problem("it is not a veth"));
         }
@@ -174,12 +183,7 @@ impl Netlink for RtNetlink {
         };
         let outside = self.link(peer).await?.ok_or_else(|| problem("its peer is in a third name space"))?;
         // The index alone may be that of another interface here if the peer lives elsewhere.
-        let wanted = self.netns_id(netns).await?;
-        if !outside.is_veth()
-            || outside.peer != Some(inside.index)
-            || outside.peer_netns.is_none()
-            || outside.peer_netns != wanted
-        {
+        if !outside.is_veth() || outside.peer != Some(inside.index) || outside.peer_netns != Some(id) {
             return Err(problem("its peer is in a third name space"));
         }
         Ok(outside)
@@ -205,14 +209,6 @@ impl Netlink for RtNetlink {
 struct Hop {
     index: u32,
     router: bool,
-}
-
-/// Reads a link of the current thread's name space with a runtime of its own.
-fn blocking_link(name: &str) -> Result<Option<Link>, NetlinkError> {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build().map_err(|source| {
-        NetlinkError::Request { operation: "start", subject: "a runtime".into(), source }
-    })?;
-    runtime.block_on(async { RtNetlink::new()?.link_by_name(name).await })
 }
 
 fn request_error(operation: &'static str, subject: String, error: rtnetlink::Error) -> NetlinkError {
