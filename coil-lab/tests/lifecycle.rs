@@ -92,6 +92,11 @@ fn pods_of_every_family_reach_everything() {
             let text: Vec<String> = a.iter().map(ToString::to_string).collect();
             assert_eq!(log.trim(), text.join(","));
             kubectl(&lab, &["delete", "pod", "a", "b"], "").await?;
+            until("no record is left", || async {
+                anyhow::ensure!(Lab::open()?.status().pods.is_empty());
+                Ok(())
+            })
+            .await?;
             assert!(Netns::all_of_lab().iter().all(|netns| !netns.name().contains("-pod-")));
             Lab::down(|_| {})?;
             nothing_left();

@@ -298,12 +298,13 @@ impl Worker {
             return;
         }
         self.remove_sandbox().await;
-        if let Err(error) = std::fs::remove_file(self.record().file()) {
-            debug!(%error, "record");
-        }
         if !gone {
             self.publish().await;
             self.delete_object().await;
+        }
+        // Last, since publishing writes it.
+        if let Err(error) = std::fs::remove_file(self.record().file()) {
+            debug!(%error, "record");
         }
     }
 
