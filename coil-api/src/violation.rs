@@ -65,6 +65,14 @@ pub enum Problem {
         /// What it needs.
         needs: &'static str,
     },
+    /// A value that would keep egress pods from working.
+    #[error("cannot be {value}: {why}")]
+    Unusable {
+        /// The value.
+        value: &'static str,
+        /// What would go wrong.
+        why: &'static str,
+    },
     /// A pod template that cannot be read as a PodSpec.
     #[error("is not a PodSpec: {0}")]
     PodSpec(String),

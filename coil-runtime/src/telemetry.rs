@@ -8,6 +8,9 @@ use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{EnvFilter, Layer, Registry, fmt, reload};
 
+/// Default filter. What kube's client says of failed requests, we say with their subject.
+const DEFAULT_FILTER: &str = "info,kube_client::client::builder=off";
+
 /// Flags about logging.
 #[derive(clap::Args, Clone, Debug)]
 pub struct LogArgs {
@@ -15,7 +18,7 @@ pub struct LogArgs {
     #[arg(long, env = "COIL_LOG_FORMAT", value_enum, default_value_t = LogFormat::Json, help_heading = "Logging")]
     pub log_format: LogFormat,
     /// What to log: a level, or directives such as `info,coil_agent=debug`.
-    #[arg(long, env = "RUST_LOG", default_value = "info", help_heading = "Logging")]
+    #[arg(long, env = "RUST_LOG", default_value = DEFAULT_FILTER, help_heading = "Logging")]
     pub log_level: String,
     /// Flags of the original.
     #[command(flatten)]
@@ -24,7 +27,11 @@ pub struct LogArgs {
 
 impl Default for LogArgs {
     fn default() -> Self {
-        Self { log_format: LogFormat::Json, log_level: "info".to_owned(), legacy: LegacyLogArgs::default() }
+        Self {
+            log_format: LogFormat::Json,
+            log_level: DEFAULT_FILTER.to_owned(),
+            legacy: LegacyLogArgs::default(),
+        }
     }
 }
 

@@ -194,6 +194,7 @@ pub(super) fn template(_: &mut SchemaGenerator) -> Schema {
                     "initContainers": named,
                     "volumes": named,
                     "nodeSelector": strings,
+                    "hostNetwork": { "type": "boolean", "enum": [false] },
                     "schedulerName": { "type": "string" },
                     "priorityClassName": { "type": "string" },
                     "terminationGracePeriodSeconds": { "type": "integer", "format": "int64", "minimum": 0 },

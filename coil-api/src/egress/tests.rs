@@ -97,6 +97,7 @@ fn a24_a25_template() {
         "spec": { "schedulerName": "hoge", "volumes": [{ "name": "dummy", "emptyDir": {} }] } } }),
     );
     reject(json!({ "template": { "spec": { "containers": "none" } } }), &["spec.template.spec"]);
+    reject(json!({ "template": { "spec": { "hostNetwork": true } } }), &["spec.template.spec.hostNetwork"]);
 }
 
 #[test]

@@ -110,8 +110,18 @@ fn pod_template(template: &EgressPodTemplate, found: &mut Vec<Violation>) {
         }
         keys("spec.template.metadata.annotations", &metadata.annotations, found);
     }
-    if let Some(Err(error)) = template.spec.as_ref().map(super::RawPodSpec::parse) {
-        found.push(Violation::new("spec.template.spec", Problem::PodSpec(error.to_string())));
+    match template.spec.as_ref().map(super::RawPodSpec::parse) {
+        Some(Err(error)) => {
+            found.push(Violation::new("spec.template.spec", Problem::PodSpec(error.to_string())));
+        }
+        Some(Ok(pod)) if pod.host_network == Some(true) => found.push(Violation::new(
+            "spec.template.spec.hostNetwork",
+            Problem::Unusable {
+                value: "true",
+                why: "packets must leave with an address of the egress pod, not of its node",
+            },
+        )),
+        Some(Ok(_)) | None => {}
     }
 }
 

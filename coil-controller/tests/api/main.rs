@@ -231,7 +231,6 @@ async fn somebody_elses_deployment_is_not_touched() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-#[ignore = "the embedded API does not run CEL rules yet"]
 async fn the_schema_refuses_what_validation_would() {
     let cluster = Cluster::start().await;
     let namespace = cluster.namespace("internet").await;
@@ -255,6 +254,8 @@ async fn the_schema_refuses_what_validation_would() {
         (json!({ "podDisruptionBudget": { "minAvailable": 1, "maxUnavailable": 1 } }), "exclude each other"),
         (json!({ "podDisruptionBudget": { "maxUnavailable": "120%" } }), "maxUnavailable"),
         (json!({ "clients": [{}] }), "is required"),
+        (json!({ "template": { "spec": { "hostNetwork": true } } }), "hostNetwork"),
+        (json!({ "template": { "spec": { "containers": [{ "image": "i" }] } } }), "name"),
         (json!({ "clients": [{ "podSelector": { "matchExpressions": [{ "key": "a", "operator": "In" }] } }] }), "need values"),
     ]
     .into_iter()
