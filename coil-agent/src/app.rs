@@ -16,6 +16,7 @@ use k8s_openapi::api::core::v1::Node;
 use kube::{Api, Client};
 
 use crate::args::{CoildArgs, DatapathArgs, UninstallArgs};
+use crate::cni::error::causes;
 use crate::cni::pod::Pods;
 use crate::cni::proto::cni_server::SERVICE_NAME;
 use crate::cni::server;
@@ -148,7 +149,7 @@ async fn node_addresses(client: &Client, node: &str) -> (Option<Ipv4Addr>, Optio
             .filter_map(|address| address.address.parse().ok())
             .collect(),
         Ok(Err(error)) => {
-            tracing::warn!(%error, "cannot read our own Node");
+            tracing::warn!(error = causes(&error), "cannot read our own Node");
             Vec::new()
         }
         Err(_) => {
@@ -218,7 +219,7 @@ fn remove(bpffs_root: PathBuf, pins: PathBuf) -> anyhow::Result<()> {
         datapath.apply(&nothing)
     });
     if let Err(error) = &detached {
-        tracing::warn!(%error, "cannot detach in good order; removing all pins");
+        tracing::warn!(error = causes(error), "cannot detach in good order; removing all pins");
     }
     std::fs::remove_dir_all(&pins).with_context(|| format!("cannot remove {}", pins.display()))?;
     println!("removed {}", pins.display());

@@ -1,17 +1,22 @@
-//! Problems of pods as Events, each told once, and again only after it was gone.
+//! Problems of pods as Events: those that last, each once, and again only after it was gone.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
+use std::time::Duration;
 
 use coil_api::names;
 use k8s_openapi::api::core::v1::ObjectReference;
+use kube::Client;
 use kube::runtime::events::{Event, EventType, Recorder, Reporter};
 use tokio::sync::watch;
+use tokio::time::Instant;
 
 use crate::cni::error::causes;
 use crate::desired::PodUid;
 use crate::desired::build::{PodProblems, Problem};
 use crate::state::{Closed, Snapshot};
 
+/// Time that a problem must have lasted before it is told.
+const LASTING: Duration = Duration::from_millis(1500);
 /// Longest note that the API takes, in bytes.
 const MAX_NOTE: usize = 1024;
 
@@ -28,41 +33,63 @@ pub struct News {
     pub problem: Problem,
 }
 
-/// What has been told.
+/// What has been seen, and told.
 #[derive(Debug, Default)]
-pub struct Told(BTreeMap<PodUid, BTreeSet<Problem>>);
+pub struct Told(BTreeMap<PodUid, BTreeMap<Problem, Seen>>);
+
+#[derive(Clone, Copy, Debug)]
+struct Seen {
+    since: Instant,
+    told: bool,
+}
 
 impl Told {
-    /// Problems that are new; those that are gone are forgotten.
-    pub fn news(&mut self, problems: &BTreeMap<PodUid, PodProblems>) -> Vec<News> {
-        let mut news = Vec::new();
+    /// Problems that are worth telling at `now`, and when to look again. A problem must have lasted: a
+    /// pod and its Egress that are made together reach us one after the other. Those that are gone are
+    /// forgotten.
+    pub fn news(
+        &mut self,
+        problems: &BTreeMap<PodUid, PodProblems>,
+        now: Instant,
+    ) -> (Vec<News>, Option<Instant>) {
+        let (mut news, mut again) = (Vec::new(), None::<Instant>);
+        let mut before = std::mem::take(&mut self.0);
         for (uid, pod) in problems {
-            let told = self.0.get(uid);
-            let new = pod.problems.iter().filter(|problem| told.is_none_or(|told| !told.contains(problem)));
-            news.extend(new.map(|problem| News {
-                uid: uid.clone(),
-                namespace: pod.key.namespace.clone(),
-                name: pod.key.name.clone(),
-                problem: problem.clone(),
-            }));
+            let mut before = before.remove(uid).unwrap_or_default();
+            let after = self.0.entry(uid.clone()).or_default();
+            for problem in &pod.problems {
+                let mut seen = before.remove(problem).unwrap_or(Seen { since: now, told: false });
+                let due = seen.since + LASTING;
+                if !seen.told && due <= now {
+                    seen.told = true;
+                    news.push(News {
+                        uid: uid.clone(),
+                        namespace: pod.key.namespace.clone(),
+                        name: pod.key.name.clone(),
+                        problem: problem.clone(),
+                    });
+                } else if !seen.told {
+                    again = Some(again.map_or(due, |at| at.min(due)));
+                }
+                after.insert(problem.clone(), seen);
+            }
         }
-        self.0 = problems.iter().map(|(uid, pod)| (uid.clone(), pod.problems.clone())).collect();
-        news
+        (news, again)
     }
 }
 
 /// Publishes Events until the picture is gone.
 pub async fn publish(
-    client: kube::Client,
+    client: Client,
     node: String,
     mut snapshots: watch::Receiver<Snapshot>,
 ) -> Result<(), Closed> {
-    let reporter = Reporter { controller: "coild".into(), instance: Some(node) };
-    let recorder = Recorder::new(client, reporter);
+    let mut publisher = Publisher::new(client, node);
     let mut told = Told::default();
     loop {
         let rest = snapshots.borrow_and_update().rest.clone();
-        for news in told.news(&rest.problems) {
+        let (news, again) = told.news(&rest.problems, Instant::now());
+        for news in &news {
             tracing::warn!(
                 pod.namespace = news.namespace,
                 pod.name = news.name,
@@ -70,12 +97,49 @@ pub async fn publish(
                 "{}",
                 news.problem
             );
-            // An Event is a courtesy: it is in the log and in the metrics too.
-            if let Err(error) = recorder.publish(&event(&news), &reference(&news)).await {
-                tracing::warn!(error = causes(&error), "cannot publish an Event");
-            }
+            publisher.publish(news).await;
         }
-        snapshots.changed().await.map_err(|_| Closed)?;
+        let changed = snapshots.changed();
+        match again {
+            Some(at) => match tokio::time::timeout_at(at, changed).await {
+                Ok(changed) => changed.map_err(|_| Closed)?,
+                Err(_) => {}
+            },
+            None => changed.await.map_err(|_| Closed)?,
+        }
+    }
+}
+
+struct Publisher {
+    client: Client,
+    reporter: Reporter,
+    recorder: Recorder,
+}
+
+impl Publisher {
+    fn new(client: Client, node: String) -> Self {
+        let reporter = Reporter { controller: "coild".into(), instance: Some(node) };
+        let recorder = Recorder::new(client.clone(), reporter.clone());
+        Self { client, reporter, recorder }
+    }
+
+    /// An Event is a courtesy: what it says is in the log and in the metrics too.
+    async fn publish(&mut self, news: &News) {
+        let (event, reference) = (event(news), reference(news));
+        let mut result = self.recorder.publish(&event, &reference).await;
+        if matches!(&result, Err(kube::Error::Api(status)) if status.is_not_found()) {
+            // The Event that this one repeats is gone; the recorder does not know.
+            self.recorder = Recorder::new(self.client.clone(), self.reporter.clone());
+            result = self.recorder.publish(&event, &reference).await;
+        }
+        match result {
+            Ok(()) => {}
+            Err(kube::Error::Api(status)) if status.is_not_found() || status.is_forbidden() => {
+                // As a rule the namespace is being deleted.
+                tracing::info!(error = status.message, "an Event was refused");
+            }
+            Err(error) => tracing::warn!(error = causes(&error), "cannot publish an Event"),
+        }
     }
 }
 
@@ -123,29 +187,47 @@ fn reference(news: &News) -> ObjectReference {
 mod tests {
     #![allow(clippy::unwrap_used, reason = "tests")]
 
+    use std::collections::BTreeSet;
+
     use super::*;
     use crate::index::ObjectKey;
 
     fn problems(texts: &[&str]) -> BTreeMap<PodUid, PodProblems> {
-        let problems = texts.iter().map(|t| Problem::Annotation((*t).into())).collect();
+        let problems: BTreeSet<_> = texts.iter().map(|t| Problem::Annotation((*t).into())).collect();
+        if problems.is_empty() {
+            return BTreeMap::new();
+        }
         let key = ObjectKey::new("demo", "a");
         [("1".to_owned(), PodProblems { key, problems })].into()
     }
 
     #[test]
-    fn each_problem_is_told_once_until_it_is_gone() {
+    fn a_problem_that_lasts_is_told_once_until_it_is_gone() {
         let mut told = Told::default();
-        assert_eq!(told.news(&problems(&["x"])).len(), 1);
-        assert_eq!(told.news(&problems(&["x"])).len(), 0);
-        assert_eq!(told.news(&problems(&["x", "y"])).len(), 1);
-        assert_eq!(told.news(&BTreeMap::new()).len(), 0);
-        assert_eq!(told.news(&problems(&["x"])).len(), 1);
+        let start = Instant::now();
+        let later = |halves: u32| start + LASTING / 2 * halves;
+        let count = |told: &mut Told, texts: &[&str], now| told.news(&problems(texts), now).0.len();
+        assert_eq!(told.news(&problems(&["x"]), start), (vec![], Some(start + LASTING)));
+        // One that goes away in time is never told.
+        assert_eq!(count(&mut told, &[], later(1)), 0);
+        assert_eq!(count(&mut told, &["x"], later(2)), 0);
+        assert_eq!(count(&mut told, &["x", "y"], later(4)), 1);
+        assert_eq!(count(&mut told, &["x", "y"], later(5)), 0);
+        let (news, again) = told.news(&problems(&["x", "y"]), later(6));
+        assert_eq!((news.len(), again), (1, None));
+        assert_eq!(count(&mut told, &[], later(7)), 0);
+        assert_eq!(count(&mut told, &["x"], later(8)), 0);
+        assert_eq!(count(&mut told, &["x"], later(10)), 1);
     }
 
     #[test]
     fn a_note_is_cut_to_what_the_api_takes() {
-        let mut told = Told::default();
-        let news = told.news(&problems(&[&"ä".repeat(2000)])).remove(0);
+        let news = News {
+            uid: "1".into(),
+            namespace: "demo".into(),
+            name: "a".into(),
+            problem: Problem::Annotation("ä".repeat(2000)),
+        };
         let note = event(&news).note.unwrap();
         assert!(note.len() <= MAX_NOTE && note.len() > MAX_NOTE - 4);
     }

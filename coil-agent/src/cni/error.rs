@@ -47,7 +47,7 @@ impl Failure {
     }
 
     /// A failure with the causes of an error as details.
-    pub fn caused(code: ErrorCode, message: &'static str, error: &dyn Error) -> Self {
+    pub fn caused(code: ErrorCode, message: &'static str, error: &(dyn Error + 'static)) -> Self {
         Self::new(code, message, causes(error))
     }
 
@@ -98,7 +98,11 @@ pub fn detail(status: &Status) -> Option<CniError> {
 
 /// An error with its causes.
 #[must_use]
-pub fn causes(error: &dyn Error) -> String {
+pub fn causes(error: &(dyn Error + 'static)) -> String {
+    // This one prints itself twice, once for programmers.
+    if let Some(kube::Error::Api(status)) = error.downcast_ref() {
+        return format!("the API server answered: {}", status.message);
+    }
     let mut text = error.to_string();
     let mut source = error.source();
     while let Some(cause) = source {

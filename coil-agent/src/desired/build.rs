@@ -153,7 +153,8 @@ impl Picture {
             outcome.gateway_folders.insert(pod.uid.clone());
             outcome.gateway_folders.insert(format!("{}.{}", pod.key.namespace, pod.key.name));
             let wish = self.wish(pod, &mut named);
-            if !pod.finished && !wish.problems.is_empty() {
+            // Nobody repairs what is about to go.
+            if !pod.finished && !pod.terminating && !wish.problems.is_empty() {
                 outcome.problems.insert(
                     pod.uid.clone(),
                     PodProblems { key: pod.key.clone(), problems: wish.problems.clone() },
@@ -238,8 +239,8 @@ impl Picture {
         let mut wish = Wish::default();
         if !annotations.errors.is_empty() {
             wish.block();
-            wish.problems
-                .extend(annotations.errors.iter().map(|error| Problem::Annotation(error.to_string())));
+            let errors: Vec<String> = annotations.errors.iter().map(ToString::to_string).collect();
+            wish.problems.insert(Problem::Annotation(errors.join("; ")));
         }
         for egress in annotations.egresses {
             let name = EgressName { namespace: egress.namespace, name: egress.name };

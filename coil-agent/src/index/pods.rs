@@ -24,6 +24,8 @@ pub struct PodView {
     pub host_network: bool,
     /// `Succeeded` or `Failed`.
     pub finished: bool,
+    /// It is being deleted.
+    pub terminating: bool,
     /// Addresses of the status.
     pub addresses: Vec<IpAddr>,
     /// Version, to tell the newer of two reads.
@@ -59,6 +61,7 @@ impl PodView {
                 .collect(),
             host_network: facts.host_network,
             finished: facts.finished,
+            terminating: meta.deletion_timestamp.is_some(),
             addresses,
             version: meta
                 .resource_version

@@ -6,6 +6,7 @@ use std::time::Duration;
 use tokio::sync::watch;
 
 use super::{ALIAS_PREFIX, LocalPod, POD_INTERFACE, alias};
+use crate::cni::error::causes;
 use crate::desired::PodUid;
 use crate::netlink::{Link, Netlink};
 use crate::state::{Closed, Input, Snapshot, StateHandle};
@@ -32,7 +33,7 @@ pub async fn adopt_pods<N: Netlink>(
                     }
                     Ok(None) => {}
                     Err(error) => {
-                        tracing::warn!(pod.uid = uid, %address, %error, "cannot look up the route to a pod");
+                        tracing::warn!(pod.uid = uid, %address, error = causes(&error), "cannot look up the route to a pod");
                     }
                 }
             }
@@ -81,7 +82,7 @@ async fn adopt<N: Netlink>(
     if link.alias.is_none()
         && let Err(error) = netlink.set_alias(link.index, &alias(uid, POD_INTERFACE)).await
     {
-        tracing::warn!(pod.uid = uid, link = link.name, %error, "cannot set the alias");
+        tracing::warn!(pod.uid = uid, link = link.name, error = causes(&error), "cannot set the alias");
     }
     tracing::info!(pod.uid = uid, link = link.name, "found the interface of a pod by its route");
     let local =

@@ -9,6 +9,7 @@ use rtnetlink::MulticastGroup;
 use tokio::sync::watch;
 
 use super::{ALIAS_PREFIX, parse_alias};
+use crate::cni::error::causes;
 use crate::netlink::{Link, Netlink, NetlinkError};
 use crate::state::{Closed, Input, Snapshot, StateHandle};
 
@@ -46,7 +47,7 @@ pub async fn watch_links<N: Netlink>(
             Ok(()) => {}
             Err(ListError::Closed(closed)) => return Err(closed.into()),
             Err(ListError::Netlink(error)) => {
-                tracing::warn!(error = %error_chain(&error), "cannot list interfaces");
+                tracing::warn!(error = causes(&error), "cannot list interfaces");
             }
         }
         let deadline = tokio::time::sleep(PERIOD);
@@ -121,14 +122,4 @@ async fn uplink_mtu<N: Netlink>(netlink: &N) -> Result<Option<u32>, NetlinkError
         }
     }
     Ok(smallest)
-}
-
-fn error_chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        text = format!("{text}: {cause}");
-        source = cause.source();
-    }
-    text
 }

@@ -294,7 +294,7 @@ enum Method {
 fn call_coild(socket: &str, method: Method) -> Result<Vec<u8>, PluginError> {
     let unavailable =
         |details: String| PluginError::new(ErrorCode::TryAgainLater, "failed to connect to coild", details);
-    let internal = |error: &dyn std::error::Error| {
+    let internal = |error: &(dyn std::error::Error + 'static)| {
         PluginError::new(ErrorCode::Internal, "failed to call coild", causes(error))
     };
     let runtime = tokio::runtime::Builder::new_current_thread()
