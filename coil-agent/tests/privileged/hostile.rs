@@ -221,3 +221,89 @@ fn a_pod_cannot_send_with_another_address() {
     }
     assert_eq!(maps::drops(&topology.bpffs.node(), DropReason::SpoofedSource), 2);
 }
+
+/// Wraps an IP packet of a frame in a tunnel.
+fn tunnelled(from: IpAddr, to: IpAddr, inner: &[u8]) -> Vec<u8> {
+    let mut datagram = udp(FOU, FOU, 0);
+    let length = u16::try_from(8 + inner.len() - 14).unwrap();
+    datagram[4..6].copy_from_slice(&length.to_be_bytes());
+    datagram.extend(&inner[14..]);
+    frame(from, to, 17, &datagram)
+}
+
+/// Source and destination of the outermost IP header.
+fn addresses(packet: &[u8]) -> Option<(IpAddr, IpAddr)> {
+    let v4 = |at: usize| Some(IpAddr::from(<[u8; 4]>::try_from(packet.get(at..at + 4)?).ok()?));
+    let v6 = |at: usize| Some(IpAddr::from(<[u8; 16]>::try_from(packet.get(at..at + 16)?).ok()?));
+    match packet.get(12..14)? {
+        [8, 0] => Some((v4(26)?, v4(30)?)),
+        [0x86, 0xdd] => Some((v6(22)?, v6(38)?)),
+        _ => None,
+    }
+}
+
+#[test]
+#[ignore = "privileged: needs root and the eBPF object"]
+fn a_gateway_sends_nothing_hostile_on() {
+    let topology = Topology::new();
+    let datapath = topology.open_gateway();
+    let program = datapath.program().unwrap();
+    let ifindex = topology.gateway.net.ifindex("eth0");
+    let mut random = Random(0x5eed_0000_0000_0002);
+    for v6 in [false, true] {
+        let (client, gateway, external) =
+            (topology.client.address(v6), topology.gateway.address(v6), topology.external.address(v6));
+        let stranger: IpAddr = if v6 { "fd00:1::99".parse().unwrap() } else { "10.1.0.99".parse().unwrap() };
+        let mut good = Vec::new();
+        for source in [client, stranger] {
+            for inner_source in [client, stranger] {
+                for inner in honest(inner_source, external) {
+                    good.push(tunnelled(source, gateway, &inner));
+                }
+            }
+        }
+        good.extend(honest(external, gateway));
+        good.push(tunnelled(client, gateway, &frame(client, gateway, 17, &udp(1, 2, 3))));
+        let mut packets = Vec::new();
+        for packet in &good {
+            packets.extend((14..=packet.len().min(160)).map(|length| packet[..length].to_vec()));
+        }
+        packets.extend((0..30_000).map(|_| {
+            let packet = random.pick(&good);
+            spoil(&mut random, &packet)
+        }));
+        let context = SkBuff { ifindex, ..SkBuff::default() };
+        let runner = program.try_clone().unwrap();
+        let runs: Vec<(Vec<u8>, TestRun)> = topology.gateway.net.run(move || {
+            let runs = packets.into_iter().filter_map(|packet| {
+                let run = test_run(&runner, &packet, context, 1).ok()?;
+                Some((packet, run))
+            });
+            runs.collect()
+        });
+        let mut forwarded = 0;
+        for (packet, run) in runs {
+            match run.action {
+                REDIRECT => {
+                    let (before, _) = addresses(&packet).unwrap();
+                    let (source, to) = addresses(&run.packet).unwrap();
+                    // An ICMP error about a tunnelled packet goes to the client, in the name of
+                    // whom it was for.
+                    let error = to == client && run.packet.len() < 1500;
+                    assert!(source == gateway || error, "{packet:02x?}\n{:02x?}", run.packet);
+                    assert!(before == client || to == client, "for a stranger: {packet:02x?}");
+                    forwarded += 1;
+                }
+                PASS | DROP => {}
+                other => assert_eq!(other, DROP, "unexpected action"),
+            }
+        }
+        assert!(forwarded > 300, "honest packets are sent on: {forwarded}");
+    }
+    println!("{:?}", maps::all_drops(&topology.gateway_pins()));
+    for reason in
+        [DropReason::UnknownClient, DropReason::InnerSourceMismatch, DropReason::ForbiddenDestination]
+    {
+        assert!(maps::drops(&topology.gateway_pins(), reason) > 0, "{}", reason.name());
+    }
+}

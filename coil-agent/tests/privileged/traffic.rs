@@ -185,7 +185,25 @@ fn everything_works(mode: Option<AttachMode>) {
     }
     assert_eq!(maps::all_drops(&topology.bpffs.node()), []);
     assert_eq!(maps::all_drops(&topology.gateway_pins()), []);
-    drop(node);
+    check_metrics(&topology, &node);
+}
+
+/// What Prometheus is told is what the maps say.
+fn check_metrics(topology: &Topology, node: &coil_agent::datapath::NodeDatapath) {
+    let registry = prometheus::Registry::new();
+    registry.register(node.collector().unwrap()).unwrap();
+    let text = prometheus::TextEncoder::new().encode_to_string(&registry.gather()).unwrap();
+    let tx = maps::counter(&topology.bpffs.node(), MAP_EGRESS_STATS, egress_stat(0, Direction::Tx));
+    let labels = r#"{egress="nat",family="ipv4",namespace="internet"}"#;
+    for line in [
+        format!("coil_egress_tx_packets_total{labels} {}", tx.packets),
+        format!("coil_egress_tx_bytes_total{labels} {}", tx.bytes),
+        r#"coil_drops_total{reason="spoofed_source"} 0"#.to_owned(),
+        r#"coil_datapath_map_entries{map="pods"} 2"#.to_owned(),
+        r#"coil_datapath_map_capacity{map="flows_v4"} 4096"#.to_owned(),
+    ] {
+        assert!(text.lines().any(|found| found == line), "{line}\n{text}");
+    }
 }
 
 /// What helps to understand a failure.

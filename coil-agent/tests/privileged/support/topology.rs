@@ -11,9 +11,11 @@
 #![expect(clippy::unwrap_used, reason = "tests")]
 
 use std::collections::BTreeMap;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::io::ErrorKind;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream};
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use coil_agent::datapath::{ApplyReport, AttachMode, Datapath, NodeDatapath, NodeOptions};
 use coil_agent::desired::{
@@ -23,8 +25,8 @@ use coil_agent::gateway::args::PodAddresses;
 use coil_agent::gateway::datapath::{GatewayDatapath, GatewayOptions};
 use coil_agent::gateway::ports::NatPorts;
 
-use super::BpfFs;
 use super::net::NetNs;
+use super::{BpfFs, wait_for};
 
 /// A name space at the end of a veth pair.
 pub(crate) struct Host {
@@ -62,7 +64,25 @@ impl Topology {
         let client = host(&node, "client", "vclient", [10, 1, 0], 0x1);
         let gateway = host(&node, "gateway", "vgateway", [10, 2, 0], 0x2);
         let external = host(&node, "external", "vexternal", [192, 0, 2], 0x3);
-        Self { node, client, gateway, external, bpffs: BpfFs::new() }
+        let topology = Self { node, client, gateway, external, bpffs: BpfFs::new() };
+        topology.wait();
+        topology
+    }
+
+    /// Waits until all hosts reach each other, which IPv6 takes its time for.
+    fn wait(&self) {
+        for v6 in [false, true] {
+            for to in [&self.gateway, &self.external] {
+                let nobody = SocketAddr::new(to.address(v6), 9);
+                self.client.net.run(move || {
+                    wait_for("neighbours", || {
+                        let result = TcpStream::connect_timeout(&nobody, Duration::from_millis(200));
+                        let error = result.err()?;
+                        (error.kind() == ErrorKind::ConnectionRefused).then_some(())
+                    });
+                });
+            }
+        }
     }
 
     /// Opens the node's datapath; it can be dropped and opened again.
