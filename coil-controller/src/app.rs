@@ -24,6 +24,8 @@ use crate::reconcilers::egress::{self, Context, Memory};
 
 /// Time for what is under way when the process is told to end.
 const DRAIN: Duration = Duration::from_secs(20);
+/// Pause while the API server is away.
+const RETRY: Duration = Duration::from_secs(2);
 
 pub(crate) async fn run(args: Args) -> anyhow::Result<()> {
     let Args { metrics_addr, health_addr, egress, leader, pod_namespace, pod_name, log } = args;
@@ -55,7 +57,10 @@ pub(crate) async fn run(args: Args) -> anyhow::Result<()> {
     tasks.spawn("controllers", move |drain| async move {
         let image = match egress_image {
             Some(image) => image,
-            None => own_image(&client, pod_namespace, pod_name).await?,
+            None => match drain.run_until_cancelled(own_image(&client, pod_namespace, pod_name)).await {
+                Some(image) => image?,
+                None => return Ok(()),
+            },
         };
         drop(starting);
         let settings = Settings { image, fou_port: egress_port };
@@ -114,9 +119,32 @@ async fn own_image(
         );
     };
     let api = Api::<Pod>::namespaced(client.clone(), &namespace);
-    let pod = api.get(&name).await.with_context(|| format!("cannot read our own pod {namespace}/{name}"))?;
+    let pod = loop {
+        match api.get(&name).await {
+            Ok(pod) => break pod,
+            // Nothing is wrong with us while the API server is away.
+            Err(error) if is_passing(&error) => {
+                tracing::warn!(
+                    error = &error as &dyn std::error::Error,
+                    "cannot read our own pod; trying again"
+                );
+                tokio::time::sleep(RETRY).await;
+            }
+            Err(error) => {
+                return Err(error).with_context(|| format!("cannot read our own pod {namespace}/{name}"));
+            }
+        }
+    };
     let image = pod.spec.and_then(|spec| spec.containers.into_iter().next()).and_then(|c| c.image);
     image.with_context(|| format!("our own pod {namespace}/{name} names no image"))
+}
+
+fn is_passing(error: &kube::Error) -> bool {
+    match error {
+        kube::Error::Api(status) => status.code == 429 || status.code >= 500,
+        kube::Error::HyperError(_) | kube::Error::Service(_) => true,
+        _ => false,
+    }
 }
 
 fn hostname() -> String {

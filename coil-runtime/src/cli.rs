@@ -68,8 +68,8 @@ fn completion(name: &str, shell: Option<&OsString>, mut command: clap::Command) 
     ExitCode::SUCCESS
 }
 
-/// Parses arguments and runs an asynchronous program on a multi-threaded runtime. An error is printed
-/// with its causes, and the status is then 1.
+/// Parses arguments and runs an asynchronous program on a multi-threaded runtime. An error is logged with
+/// its causes, or printed if logging has not started, and the status is then 1.
 pub fn run<P, F, Fut>(name: &'static str, args: Vec<OsString>, body: F) -> ExitCode
 where
     P: Parser,
@@ -93,8 +93,11 @@ where
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            tracing::error!(program = name, error = format!("{error:#}"), "ended with an error");
-            eprintln!("{name}: {error:#}");
+            if tracing::dispatcher::has_been_set() {
+                tracing::error!(program = name, error = format!("{error:#}"), "ended with an error");
+            } else {
+                eprintln!("{name}: {error:#}");
+            }
             ExitCode::FAILURE
         }
     }

@@ -25,6 +25,11 @@ pub struct NatPorts {
 /// Divides the ports: moves own connections out of the way, or keeps out of theirs if that is not
 /// permitted.
 pub(crate) fn divide(listening: &[u16]) -> io::Result<NatPorts> {
+    // The controller asks for it in the pod's securityContext; inside, /proc/sys may not be writable.
+    if fs::read_to_string(LOCAL_RANGE).is_ok_and(|text| is_own(&text)) {
+        let range = FIRST..=OWN.start() - 1;
+        return Ok(NatPorts { excluded: excluded(&range, listening), range });
+    }
     let range = match fs::write(LOCAL_RANGE, format!("{} {}", OWN.start(), OWN.end())) {
         Ok(()) => FIRST..=OWN.start() - 1,
         Err(error) => {
@@ -38,6 +43,10 @@ pub(crate) fn divide(listening: &[u16]) -> io::Result<NatPorts> {
         }
     };
     Ok(NatPorts { excluded: excluded(&range, listening), range })
+}
+
+fn is_own(text: &str) -> bool {
+    text.split_whitespace().map(str::parse).eq([Ok(*OWN.start()), Ok(*OWN.end())])
 }
 
 /// The larger part beside a range as the kernel writes it.
@@ -63,6 +72,13 @@ fn excluded(range: &RangeInclusive<u16>, listening: &[u16]) -> [u16; 5] {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_range_that_is_right_is_left_alone() {
+        assert!(is_own("64512\t65535\n"));
+        assert!(!is_own("32768\t60999\n"));
+        assert!(!is_own("64512"));
+    }
 
     #[test]
     fn translation_keeps_out_of_the_range_of_own_connections() {

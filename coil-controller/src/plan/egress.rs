@@ -22,6 +22,8 @@ pub use super::status::{Outcome, status};
 
 /// UDP port of FOU unless somebody says otherwise.
 pub const DEFAULT_FOU_PORT: u16 = 5555;
+/// Most children that are remembered.
+const MOST_WRITTEN: usize = 65_536;
 /// Seconds that the API server fills in for `sessionAffinity: ClientIP`.
 const DEFAULT_AFFINITY_SECONDS: i32 = 10800;
 
@@ -53,14 +55,13 @@ pub struct Written(HashMap<String, (Option<i64>, u64)>);
 impl Written {
     /// Notes the answer to a write.
     pub fn note(&mut self, answer: &ObjectMeta, digest: u64) {
+        // Children that are gone are not told to us. Forgetting all costs one write of each that is left.
+        if self.0.len() >= MOST_WRITTEN {
+            self.0.clear();
+        }
         if let Some(uid) = &answer.uid {
             self.0.insert(uid.clone(), (answer.generation, digest));
         }
-    }
-
-    /// Forgets a child.
-    pub fn forget(&mut self, uid: &str) {
-        self.0.remove(uid);
     }
 
     fn holds(&self, child: &ObjectMeta, digest: u64) -> bool {

@@ -34,6 +34,8 @@ const RESYNC: Duration = Duration::from_secs(900);
 /// Events within this time lead to one reconciliation.
 const SETTLE: Duration = Duration::from_millis(50);
 const CONCURRENCY: u16 = 8;
+/// Most objects whose failures are remembered.
+const MOST_FAILURES: usize = 65_536;
 
 /// What reconciliations share.
 pub(crate) struct Context {
@@ -347,6 +349,10 @@ fn error_policy(
     }
     let uid = guarded.meta().uid.clone().unwrap_or_default();
     let mut memory = context.memory();
+    // Objects that are gone are not told to us; who fails again starts again.
+    if memory.failures.len() >= MOST_FAILURES {
+        memory.failures.clear();
+    }
     let failures = memory.failures.entry(uid).or_default();
     *failures = failures.saturating_add(1);
     let class: Class = error.class();
