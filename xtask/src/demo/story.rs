@@ -194,8 +194,8 @@ struct Counters {
 impl Counters {
     async fn read(lab: &Lab, family: &str) -> Result<Self> {
         let node = scrape(lab, &Target::Node("worker1".to_owned()), 9384).await?;
+        let family = if family == "v4" { "ipv4" } else { "ipv6" };
         let egress = [("namespace", "egress"), ("egress", "partner"), ("family", family)];
-        let protocol = if family == "v4" { "ipv4" } else { "ipv6" };
         let mut counters = Self {
             tx_packets: sum(&node, "coil_egress_tx_packets_total", &egress),
             tx_bytes: sum(&node, "coil_egress_tx_bytes_total", &egress),
@@ -204,7 +204,7 @@ impl Counters {
         };
         for name in Addresses::of_egress(lab, "egress", "partner").await?.names() {
             let gateway = scrape(lab, &pod("egress", name), 8080).await?;
-            let labels = [("egress", "partner"), ("protocol", protocol)];
+            let labels = [("egress", "partner"), ("protocol", family)];
             counters.masqueraded_packets +=
                 sum(&gateway, "coil_egress_nftables_masqueraded_packets_total", &labels);
             counters.masqueraded_bytes +=
