@@ -29,9 +29,7 @@ impl SliceView {
         let name = slice.labels().get(names::LABEL_APP_INSTANCE)?;
         let mut gateways = BTreeMap::new();
         for endpoint in &slice.endpoints {
-            let Some(state) = state(endpoint) else {
-                continue;
-            };
+            let state = state(endpoint);
             // An address type of host names has none that parses.
             for address in endpoint.addresses.iter().filter_map(|text| text.parse().ok()) {
                 better(&mut gateways, address, state);
@@ -46,18 +44,14 @@ impl SliceView {
 }
 
 /// What conditions say; those that are absent mean what the API defines for them.
-fn state(endpoint: &Endpoint) -> Option<GatewayState> {
+///
+/// An endpoint that is listed has a pod, and the datapath of a pod outlives its agent: whether or not
+/// its `coil-egress` is ready, the flows that it has go on. Only new ones need a ready one.
+fn state(endpoint: &Endpoint) -> GatewayState {
     let conditions = endpoint.conditions.as_ref();
     let ready = conditions.and_then(|c| c.ready).unwrap_or(true);
-    let serving = conditions.and_then(|c| c.serving).unwrap_or(ready);
     let terminating = conditions.and_then(|c| c.terminating).unwrap_or(false);
-    if ready && !terminating {
-        Some(GatewayState::Ready)
-    } else if serving && terminating {
-        Some(GatewayState::Draining)
-    } else {
-        None
-    }
+    if ready && !terminating { GatewayState::Ready } else { GatewayState::Draining }
 }
 
 /// While an address moves between slices it is in two of them.
@@ -171,7 +165,12 @@ mod tests {
         let states: Vec<_> = view.gateways.iter().map(|(a, s)| (a.to_string(), *s)).collect();
         assert_eq!(
             states,
-            [("10.0.0.1".to_owned(), GatewayState::Ready), ("10.0.0.3".to_owned(), GatewayState::Draining),]
+            [
+                ("10.0.0.1".to_owned(), GatewayState::Ready),
+                ("10.0.0.2".to_owned(), GatewayState::Draining),
+                ("10.0.0.3".to_owned(), GatewayState::Draining),
+                ("10.0.0.4".to_owned(), GatewayState::Draining),
+            ]
         );
     }
 

@@ -146,6 +146,7 @@ async fn api_away_changes_nothing(lab: &Lab) -> Result<()> {
     let late = ("away-client", "late");
     apply(lab, &client(late.0, late.1, "worker1", &[("egress.coil.cybozu.com/away", "e")])).await?;
     wait_for(lab, "condition=Ready", late.0, &["pod", late.1]).await?;
-    through(lab, late, ip(INTERNET[1]), ("away", "e")).await?;
+    // Watches that were cut off come back with a delay that grows.
+    until("the gateway knows the new client", || through(lab, late, ip(INTERNET[1]), ("away", "e"))).await?;
     remove(lab, &["away-client", "away"]).await
 }
