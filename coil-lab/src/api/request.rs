@@ -272,7 +272,8 @@ pub fn parse_body(content_type: &str, bytes: &[u8]) -> ApiResult<Body> {
 pub fn parse_yaml(bytes: &[u8]) -> ApiResult<Value> {
     let text = std::str::from_utf8(bytes)
         .map_err(|error| ApiError::bad_request(format!("the body of the request is not UTF-8: {error}")))?;
-    serde_saphyr::from_str(text)
+    // Only true and false are booleans: a name may be `y` or `on`.
+    serde_saphyr::from_str_with_options(text, serde_saphyr::options! { strict_booleans: true })
         .map_err(|error| ApiError::bad_request(format!("the body of the request is not YAML: {error}")))
 }
 

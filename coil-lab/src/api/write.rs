@@ -452,7 +452,26 @@ fn shape(resource: &Resource, object: &mut Value, options: &mut WriteOptions) ->
     let schema = resource.schema_for_storage();
     let unknown = schema::prune::apply(&schema, object, true);
     schema::default::apply(&schema, object);
+    if !resource.custom {
+        check_shape(resource, &schema, object)?;
+    }
     report_unknown(unknown.iter().map(|path| format!("unknown field \"{path}\"")), options)
+}
+
+/// A built-in object of the wrong shape does not even decode on the real server. What is missing is a matter of later
+/// checks.
+fn check_shape(resource: &Resource, schema: &schema::Schema, object: &Value) -> ApiResult<()> {
+    let errors = schema::validate::check(schema, object, None);
+    match errors.iter().find(|error| error.reason != "FieldValueRequired") {
+        None => Ok(()),
+        Some(error) => Err(ApiError::bad_request(format!(
+            "{} in version \"{}\" cannot be handled as a {}: {}",
+            resource.kind,
+            resource.version,
+            resource.kind,
+            error.text()
+        ))),
+    }
 }
 
 /// Refuses or warns of fields that are unknown or repeated.
@@ -472,20 +491,8 @@ pub fn report_unknown(texts: impl Iterator<Item = String>, options: &mut WriteOp
 }
 
 fn validate(resource: &Resource, object: &Value, old: Option<&Value>) -> ApiResult<()> {
-    let mut errors = schema::validate::check(&resource.schema_for_storage(), object, old);
-    if !resource.custom {
-        // A built-in object of the wrong shape does not even decode on the real server.
-        errors.retain(|error| error.reason != "FieldValueRequired");
-        if let Some(error) = errors.first() {
-            return Err(ApiError::bad_request(format!(
-                "{} in version \"{}\" cannot be handled as a {}: {}",
-                resource.kind,
-                resource.version,
-                resource.kind,
-                error.text()
-            )));
-        }
-    }
+    let mut errors =
+        if resource.custom { schema::validate::check(&resource.schema, object, old) } else { Vec::new() };
     errors.splice(0..0, meta::violations(resource, object));
     if !resource.custom {
         errors.extend(rules::violations(resource, object, old));

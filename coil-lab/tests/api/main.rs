@@ -1,0 +1,12 @@
+//! The embedded API server as its clients see it: kube-rs over loopback, raw HTTP, and `kubectl`.
+
+#![expect(clippy::unwrap_used, clippy::panic, reason = "tests")]
+
+mod apply;
+mod bad_requests;
+mod custom;
+mod kubectl;
+mod objects;
+mod support;
+mod watches;
+mod workloads;
