@@ -95,6 +95,10 @@ indices! {
         NewFlowV4 = "new_flow_v4",
         /// New translations, IPv6; bytes are not counted.
         NewFlowV6 = "new_flow_v6",
+        /// Drops for [`DropReason::NoState`], IPv4.
+        InvalidV4 = "invalid_v4",
+        /// Drops for [`DropReason::NoState`], IPv6.
+        InvalidV6 = "invalid_v6",
     }
 }
 

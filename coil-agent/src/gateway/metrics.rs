@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use aya::maps::{MapData, PerCpuArray};
 use coil_common::names;
-use coil_common::stats::{DropReason, GatewayStat};
+use coil_common::stats::GatewayStat;
 use coil_common::values::Counter;
 use prometheus::core::{Collector, Desc};
 use prometheus::proto::MetricFamily;
@@ -87,6 +87,12 @@ struct Families {
     overdue: IntGaugeVec,
     walk: prometheus::GaugeVec,
 }
+
+/// Translated from clients, translated for clients, new, invalid.
+const STATS_V4: [GatewayStat; 4] =
+    [GatewayStat::MasqueradedV4, GatewayStat::ReplyV4, GatewayStat::NewFlowV4, GatewayStat::InvalidV4];
+const STATS_V6: [GatewayStat; 4] =
+    [GatewayStat::MasqueradedV6, GatewayStat::ReplyV6, GatewayStat::NewFlowV6, GatewayStat::InvalidV6];
 
 const COMMON: [&str; 3] = ["namespace", "pod", "egress"];
 const WITH_PROTOCOL: [&str; 4] = ["namespace", "pod", "egress", "protocol"];
@@ -220,10 +226,7 @@ impl GatewayCollector {
     fn read(&self, families: &Families) -> Result<(), MapAccessError> {
         let Labels { namespace, egress, pod } = &self.labels;
         let stat = |stat: GatewayStat| counter(&self.stats, names::MAP_GATEWAY_STATS, stat.index());
-        for (protocol, masqueraded, reply, new) in [
-            ("ipv4", GatewayStat::MasqueradedV4, GatewayStat::ReplyV4, GatewayStat::NewFlowV4),
-            ("ipv6", GatewayStat::MasqueradedV6, GatewayStat::ReplyV6, GatewayStat::NewFlowV6),
-        ] {
+        for (protocol, [masqueraded, reply, new, invalid]) in [("ipv4", STATS_V4), ("ipv6", STATS_V6)] {
             let labels = [namespace.as_str(), pod, egress, protocol];
             let masqueraded = stat(masqueraded)?;
             families.masqueraded_packets.with_label_values(&labels).set(signed(masqueraded.packets));
@@ -232,12 +235,10 @@ impl GatewayCollector {
             families.reply_packets.with_label_values(&labels).inc_by(reply.packets);
             families.reply_bytes.with_label_values(&labels).inc_by(reply.bytes);
             families.new_flows.with_label_values(&labels).inc_by(stat(new)?.packets);
+            let invalid = stat(invalid)?;
+            families.invalid_packets.with_label_values(&labels).set(signed(invalid.packets));
+            families.invalid_bytes.with_label_values(&labels).set(signed(invalid.bytes));
         }
-        let invalid = self.drops.read(DropReason::NoState)?;
-        // Drops are counted by reason, not by family; the sum over both is right.
-        let labels = [namespace.as_str(), pod, egress, "ipv4"];
-        families.invalid_packets.with_label_values(&labels).set(signed(invalid.packets));
-        families.invalid_bytes.with_label_values(&labels).set(signed(invalid.bytes));
         self.drops.collect(&families.drops)
     }
 }

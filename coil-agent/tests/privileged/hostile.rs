@@ -7,8 +7,8 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use aya::programs::ProgramFd;
 use coil_agent::datapath::{SkBuff, TestRun, test_run};
-use coil_common::names::{PROGRAM_FROM_POD, PROGRAM_TO_POD};
-use coil_common::stats::DropReason;
+use coil_common::names::{MAP_GATEWAY_STATS, PROGRAM_FROM_POD, PROGRAM_TO_POD};
+use coil_common::stats::{DropReason, GatewayStat};
 
 use crate::support::maps;
 use crate::support::packets::{Random, frame, icmp, tcp, udp};
@@ -264,6 +264,7 @@ fn a_gateway_sends_nothing_hostile_on() {
         }
         good.extend(honest(external, gateway));
         good.push(tunnelled(client, gateway, &frame(client, gateway, 17, &udp(1, 2, 3))));
+        good.push(tunnelled(client, gateway, &frame(client, external, 6, &tcp(2000, 80, 16, 9))));
         let mut packets = Vec::new();
         for packet in &good {
             packets.extend((14..=packet.len().min(160)).map(|length| packet[..length].to_vec()));
@@ -301,6 +302,10 @@ fn a_gateway_sends_nothing_hostile_on() {
         assert!(forwarded > 300, "honest packets are sent on: {forwarded}");
     }
     println!("{:?}", maps::all_drops(&topology.gateway_pins()));
+    let invalid = [GatewayStat::InvalidV4, GatewayStat::InvalidV6]
+        .map(|stat| maps::counter(&topology.gateway_pins(), MAP_GATEWAY_STATS, stat.index()).packets);
+    assert!(invalid.iter().all(|packets| *packets > 0), "{invalid:?}");
+    assert_eq!(invalid.iter().sum::<u64>(), maps::drops(&topology.gateway_pins(), DropReason::NoState));
     for reason in
         [DropReason::UnknownClient, DropReason::InnerSourceMismatch, DropReason::ForbiddenDestination]
     {

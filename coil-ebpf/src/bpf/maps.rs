@@ -89,6 +89,16 @@ pub(super) fn count_drop(reason: u32, counter: &Counter) {
     }
 }
 
+/// Counts a drop for want of state by its family as well.
+#[inline(always)]
+pub(super) fn count_invalid(family: u32, counter: &Counter) {
+    let stat = if family == 0 { GatewayStat::InvalidV4 } else { GatewayStat::InvalidV6 };
+    if let Some(total) = GATEWAY_STATS.get_ptr_mut(stat.index()) {
+        // SAFETY: a per-CPU value, and programs of one CPU do not interrupt each other here.
+        unsafe { add(total, counter.packets, counter.bytes) }
+    }
+}
+
 /// Adds to a per-CPU counter.
 ///
 /// # Safety

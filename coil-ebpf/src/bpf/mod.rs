@@ -233,7 +233,11 @@ fn finish<F: Build>(skb: &mut Skb, outcome: u64) -> i32 {
             return skb.redirect_back();
         }
     } else {
-        maps::count_drop((outcome >> 8 & 0xff) as u32, &dropped);
+        let reason = (outcome >> 8 & 0xff) as u32;
+        maps::count_drop(reason, &dropped);
+        if reason == DropReason::NoState.index() {
+            maps::count_invalid(F::INDEX, &dropped);
+        }
     }
     TC_ACT_SHOT
 }
