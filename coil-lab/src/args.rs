@@ -86,6 +86,9 @@ pub struct UpArgs {
     /// Use the API server of a cluster that runs already
     #[arg(long, value_name = "FILE")]
     pub kubeconfig: Option<PathBuf>,
+    /// Run the lab's own scheduler and controllers of workloads on that API server, which has none
+    #[arg(long, requires = "kubeconfig")]
+    pub with_controllers: bool,
     /// Seconds to wait for all to be ready
     #[arg(long, value_name = "SECONDS", default_value_t = 120)]
     pub wait: u64,
@@ -94,12 +97,14 @@ pub struct UpArgs {
 impl UpArgs {
     /// The same choices as [`Options`].
     pub fn options(self, launcher: Vec<PathBuf>) -> std::io::Result<Options> {
-        let Self { nodes, family, programs, without_coil, conflist, kubeconfig, wait } = self;
+        let Self { nodes, family, programs, without_coil, conflist, kubeconfig, with_controllers, wait } =
+            self;
         let mut options = Options::with_launcher(launcher);
         options.nodes = nodes;
         options.family = family;
         options.conflist = conflist.map(std::path::absolute).transpose()?;
         options.wait_seconds = wait;
+        options.controllers = with_controllers;
         if let Some(programs) = programs {
             options.programs = Some(std::path::absolute(programs)?);
         }

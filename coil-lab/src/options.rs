@@ -55,6 +55,9 @@ pub struct Options {
     pub family: Family,
     /// Where the API comes from.
     pub api: ApiSource,
+    /// Run the lab's own controllers of workloads, for an API server that has none. The embedded one always has them,
+    /// and so has a control plane from a folder that lacks `kube-controller-manager` or `kube-scheduler`.
+    pub controllers: bool,
     /// The multi-call binary with `coild`, `coil`, `coil-egress` and `coil-controller`. `None`: a cluster without
     /// Coil, whose pods are wired by the other CNI plugins alone.
     pub programs: Option<PathBuf>,
@@ -91,6 +94,7 @@ impl Options {
                 Some(folder) if !folder.is_empty() => ApiSource::Assets(folder.into()),
                 _ => ApiSource::Embedded,
             },
+            controllers: false,
             programs: Some(beside.unwrap_or_else(|| workspace.join("target/debug/hypercoil"))),
             crds: workspace.join("manifests/crd"),
             conflist: None,

@@ -201,3 +201,88 @@ fn kill_9_of_anything_leaves_nothing() {
         Ok(())
     });
 }
+
+/// An API server that somebody else runs and that has no controllers, as the binaries for tests are: the lab's own do
+/// the work through its API.
+#[test]
+#[ignore = "privileged: makes network namespaces"]
+fn foreign_api_server_without_controllers() {
+    use coil_lab::ApiSource;
+    use coil_lab::api::{ApiConfig, ApiServer};
+    run(|| async {
+        let server = ApiServer::new(ApiConfig::default());
+        let listener = tokio::net::TcpListener::bind(("127.0.0.1", 0)).await?;
+        let folder = std::env::temp_dir().join(format!("coil-lab-test-{}", std::process::id()));
+        std::fs::create_dir_all(&folder)?;
+        let file = folder.join("kubeconfig");
+        std::fs::write(
+            &file,
+            format!(
+                "{{apiVersion: v1, kind: Config, current-context: c, users: [{{name: u, user: {{}}}}],\n\
+                 contexts: [{{name: c, context: {{cluster: k, user: u}}}}],\n\
+                 clusters: [{{name: k, cluster: {{server: \"http://{}\"}}}}]}}\n",
+                listener.local_addr()?
+            ),
+        )?;
+        let serving = tokio::spawn(server.clone().serve(listener));
+        let api = ApiSource::Kubeconfig(file);
+        let lab = Lab::up(Options { api, controllers: true, ..options(Family::Dual) }, |_| {}).await?;
+        let manifest = serde_json::json!({ "apiVersion": "v1", "kind": "List", "items": [
+            { "apiVersion": "v1", "kind": "Namespace", "metadata": { "name": "shop" } },
+            {
+                "apiVersion": "apps/v1", "kind": "Deployment", "metadata": { "name": "web", "namespace": "shop" },
+                "spec": {
+                    "replicas": 3,
+                    "selector": { "matchLabels": { "app": "web" } },
+                    "template": {
+                        "metadata": { "labels": { "app": "web" } },
+                        "spec": {
+                            "terminationGracePeriodSeconds": 1,
+                            "containers": [{ "name": "c", "image": "pause" }],
+                        },
+                    },
+                },
+            },
+            {
+                "apiVersion": "v1", "kind": "Service", "metadata": { "name": "web", "namespace": "shop" },
+                "spec": {
+                    "ipFamilyPolicy": "PreferDualStack", "selector": { "app": "web" }, "ports": [{ "port": 80 }],
+                },
+            },
+        ]});
+        let manifest = &manifest.to_string();
+        apply(&lab, manifest).await?;
+        kubectl(&lab, &["rollout", "status", "-n", "shop", "deploy/web", "--timeout=30s"], "").await?;
+        until("endpoints of both families", || async {
+            let found = get(&lab, &["-n", "shop", "endpointslices"]).await?;
+            let slices = found["items"].as_array().cloned().unwrap_or_default();
+            let full =
+                slices.iter().filter(|one| one["endpoints"].as_array().is_some_and(|all| all.len() == 3));
+            anyhow::ensure!(full.count() == 2, "{found}");
+            Ok(())
+        })
+        .await?;
+        kubectl(&lab, &["scale", "-n", "shop", "deploy/web", "--replicas=1"], "").await?;
+        until("one pod is left", || async {
+            let found = get(&lab, &["-n", "shop", "pods"]).await?;
+            anyhow::ensure!(found["items"].as_array().is_some_and(|all| all.len() == 1));
+            Ok(())
+        })
+        .await?;
+        // Owners first, then what they own; then the namespace that holds it all.
+        kubectl(&lab, &["delete", "-n", "shop", "deploy/web"], "").await?;
+        until("no pod is left", || async {
+            let found = get(&lab, &["-n", "shop", "pods,replicasets"]).await?;
+            anyhow::ensure!(found["items"].as_array().is_some_and(Vec::is_empty));
+            Ok(())
+        })
+        .await?;
+        kubectl(&lab, &["delete", "namespace", "shop", "--timeout=30s"], "").await?;
+        Lab::down(|_| {})?;
+        nothing_left();
+        server.stop();
+        serving.await??;
+        std::fs::remove_dir_all(folder)?;
+        Ok(())
+    });
+}

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use super::{Cluster, names, owner_reference, pods};
 use crate::api::delete::DeleteOptions;
 use crate::api::selector::Labels;
-use crate::api::write::{Part, WriteOptions};
+use crate::api::write::Part;
 use crate::api::{ApiResult, obj};
 
 const SERVICE: &str = "kubernetes.io/service-name";
@@ -195,14 +195,12 @@ fn write_slices(
                 let labels = obj::at(&slice, &["metadata", "labels"]).cloned().unwrap_or_default();
                 obj::set(&mut new, &["metadata", "labels"], labels);
                 if new != ***old {
-                    let mut options = WriteOptions::internal(cluster.name);
-                    super::settled(cluster.server.update_now(
-                        &resource,
-                        Some(namespace),
-                        obj::name(&slice),
-                        new,
-                        &mut options,
-                    ))?;
+                    // Another writer's change in between is overwritten: nobody else writes these.
+                    cluster.edit(&resource, &new, Part::Main, &|slot| {
+                        let version = obj::version(slot).to_owned();
+                        *slot = new.clone();
+                        obj::set(slot, &["metadata", "resourceVersion"], version);
+                    })?;
                 }
             }
         }
@@ -249,7 +247,7 @@ fn write_endpoints(cluster: &Cluster, service: &Value, selected: &[&Arc<Value>])
     }
     let subsets = if is_empty { json!([]) } else { json!([subset]) };
     let (namespace, name) = (obj::namespace(service), obj::name(service));
-    match cluster.server.get(&resource, Some(namespace), name) {
+    match cluster.backend.get(&resource, Some(namespace), name) {
         Err(_) => {
             let labels = obj::at(service, &["metadata", "labels"]).cloned().unwrap_or(json!({}));
             let object = json!({

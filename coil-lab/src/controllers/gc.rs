@@ -10,11 +10,11 @@ use super::Cluster;
 use crate::api::crd::CLEANUP;
 use crate::api::delete::{DeleteOptions, FOREGROUND, ORPHAN, Propagation};
 use crate::api::registry::{GroupResource, Resource};
-use crate::api::write::{Part, WriteOptions};
+use crate::api::write::Part;
 use crate::api::{ApiResult, obj};
 
 pub(super) fn pass(cluster: &Cluster) -> ApiResult<Option<Duration>> {
-    let objects = cluster.server.store.everything();
+    let objects = cluster.backend.everything()?;
     let by_uid: HashMap<&str, &Value> =
         objects.iter().map(|(_, object)| (obj::uid(object), &**object)).collect();
     let mut dependents: HashMap<&str, Vec<&(GroupResource, Arc<Value>)>> = HashMap::new();
@@ -24,7 +24,7 @@ pub(super) fn pass(cluster: &Cluster) -> ApiResult<Option<Duration>> {
         }
     }
     for (kind, object) in &objects {
-        let Some(resource) = cluster.server.registry.any_version(&kind.group, &kind.resource) else {
+        let Some(resource) = cluster.resource(&kind.group, &kind.resource).ok() else {
             continue;
         };
         collect(cluster, &resource, object, &by_uid)?;
@@ -123,17 +123,7 @@ fn edit(
     object: &Value,
     change: impl Fn(&mut Value),
 ) -> ApiResult<()> {
-    let mut options = WriteOptions::internal(cluster.name).with_part(Part::Main);
-    let namespace = resource.namespaced.then(|| obj::namespace(object));
-    let written =
-        cluster.server.rewrite(resource, namespace, obj::name(object), &mut options, &mut |old, _| {
-            let mut new = old.clone();
-            if obj::uid(old) == obj::uid(object) {
-                change(&mut new);
-            }
-            Ok(new)
-        });
-    super::settled(written)
+    cluster.edit(resource, object, Part::Main, &change)
 }
 
 /// Takes the collector's finalizers off a deleted object when their work is done.
@@ -146,7 +136,7 @@ fn finish(
     if has_finalizer(object, ORPHAN) {
         let uid = HashSet::from([obj::uid(object).to_owned()]);
         for (kind, dependent) in dependents {
-            if let Some(resource) = cluster.server.registry.any_version(&kind.group, &kind.resource) {
+            if let Some(resource) = cluster.resource(&kind.group, &kind.resource).ok() {
                 drop_references(cluster, &resource, dependent, &uid)?;
             }
         }
@@ -173,12 +163,12 @@ fn clean_up(cluster: &Cluster, resource: &Arc<Resource>, definition: &Value) -> 
     }
     let group = obj::text(definition, &["spec", "group"]);
     let plural = obj::text(definition, &["spec", "names", "plural"]);
-    if let Some(custom) = cluster.server.registry.any_version(group, plural).filter(|one| one.custom) {
-        let objects = cluster.server.all(&custom, None);
+    if let Some(custom) = cluster.resource(group, plural).ok().filter(|one| one.custom) {
+        let objects = cluster.backend.all(&custom, None)?;
         for object in objects.iter().filter(|object| !obj::is_deleting(object)) {
             cluster.delete(&custom, object, DeleteOptions::default())?;
         }
-        if !cluster.server.all(&custom, None).is_empty() {
+        if !cluster.backend.all(&custom, None)?.is_empty() {
             return Ok(());
         }
     }

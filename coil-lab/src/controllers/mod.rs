@@ -2,9 +2,10 @@
 //! server.
 //!
 //! Each controller is level-triggered: a pass looks at all objects of its kinds and does what is missing; a pass runs
-//! when one of those kinds changed. With the few objects of a lab that is simple and fast enough. Nothing here is used
-//! on a real control plane.
+//! when one of those kinds changed. With the few objects of a lab that is simple and fast enough. On a real API server
+//! without `kube-controller-manager` the same passes run through its API (`remote`).
 
+mod backend;
 mod daemonset;
 mod deployment;
 mod endpoints;
@@ -13,6 +14,7 @@ mod names;
 mod namespace;
 mod pdb;
 mod pods;
+mod remote;
 mod replicaset;
 mod scheduler;
 
@@ -22,10 +24,11 @@ use std::time::Duration;
 use serde_json::{Value, json};
 use tokio::task::JoinSet;
 
+use backend::Backend;
+
 use crate::api::delete::DeleteOptions;
-use crate::api::patch::Patch;
 use crate::api::registry::Resource;
-use crate::api::write::{Part, WriteOptions};
+use crate::api::write::Part;
 use crate::api::{ApiResult, ApiServer, obj};
 
 /// Pause before a pass, in which changes gather.
@@ -58,20 +61,36 @@ const CONTROLLERS: &[(&str, Pass, &[(&str, &str)])] = &[
 pub fn start(server: &Arc<ApiServer>) -> JoinSet<()> {
     let mut tasks = JoinSet::new();
     for &(name, pass, kinds) in CONTROLLERS {
-        tasks.spawn(run(Cluster { server: server.clone(), name }, pass, kinds));
+        let cluster = Cluster { backend: server.clone(), name };
+        tasks.spawn(run(cluster, server.clone(), pass, kinds));
     }
     tasks
 }
 
-async fn run(cluster: Cluster, pass: Pass, kinds: &'static [(&'static str, &'static str)]) {
-    let stopped = cluster.server.stopped();
+/// Starts all controllers on an API server that has none. They end with the set.
+pub fn start_remote(client: kube::Client) -> JoinSet<()> {
+    let mut tasks = JoinSet::new();
+    let backend = Arc::new(remote::Remote::new(client));
+    for &(name, pass, _) in CONTROLLERS {
+        tasks.spawn(remote::run(Cluster { backend: backend.clone(), name }, pass));
+    }
+    tasks
+}
+
+async fn run(
+    cluster: Cluster,
+    server: Arc<ApiServer>,
+    pass: Pass,
+    kinds: &'static [(&'static str, &'static str)],
+) {
+    let stopped = server.stopped();
     let mut ticks: Vec<tokio::sync::watch::Receiver<u64>> = kinds
         .iter()
         .filter_map(|(group, plural)| cluster.resource(group, plural).ok())
-        .map(|resource| cluster.server.store.subscribe(&resource.storage))
+        .map(|resource| server.store.subscribe(&resource.storage))
         .collect();
     if ticks.is_empty() {
-        ticks.push(cluster.server.store.subscribe_all());
+        ticks.push(server.store.subscribe_all());
     }
     loop {
         for tick in &mut ticks {
@@ -99,18 +118,18 @@ async fn run(cluster: Cluster, pass: Pass, kinds: &'static [(&'static str, &'sta
 
 /// The cluster as one controller sees it.
 struct Cluster {
-    server: Arc<ApiServer>,
+    backend: Arc<dyn Backend>,
     name: &'static str,
 }
 
 impl Cluster {
     fn resource(&self, group: &str, plural: &str) -> ApiResult<Arc<Resource>> {
-        self.server.resource(group, plural)
+        self.backend.resource(group, plural)
     }
 
     /// All objects of a resource.
     fn list(&self, group: &str, plural: &str) -> ApiResult<Vec<Arc<Value>>> {
-        Ok(self.server.all(&*self.resource(group, plural)?, None))
+        self.backend.all(&*self.resource(group, plural)?, None)
     }
 
     fn create(
@@ -120,16 +139,32 @@ impl Cluster {
         namespace: Option<&str>,
         object: Value,
     ) -> ApiResult<Arc<Value>> {
-        let mut options = WriteOptions::internal(self.name);
-        self.server.create_now(&self.resource(group, plural)?, namespace, object, &mut options)
+        self.backend.create(self.name, &self.resource(group, plural)?, namespace, object)
     }
 
     /// Merges a patch into an object as seen; a lost race or a gone object is no error, the next pass sees it.
     fn merge(&self, resource: &Arc<Resource>, object: &Value, part: Part, patch: Value) -> ApiResult<()> {
-        let mut options = WriteOptions::internal(self.name).with_part(part);
         let namespace = resource.namespaced.then(|| obj::namespace(object));
-        let patch = Patch::Merge(patch);
-        settled(self.server.patch_now(resource, namespace, obj::name(object), &patch, &mut options))
+        settled(self.backend.merge(self.name, resource, namespace, obj::name(object), part, patch))
+    }
+
+    /// Changes an object as seen (by UID), whatever version it is in; a gone object is no error.
+    fn edit(
+        &self,
+        resource: &Arc<Resource>,
+        object: &Value,
+        part: Part,
+        change: &dyn Fn(&mut Value),
+    ) -> ApiResult<()> {
+        let namespace = resource.namespaced.then(|| obj::namespace(object));
+        let same = |old: &Value| {
+            let mut new = old.clone();
+            if obj::uid(old) == obj::uid(object) {
+                change(&mut new);
+            }
+            new
+        };
+        settled(self.backend.rewrite(self.name, resource, namespace, obj::name(object), part, &same))
     }
 
     /// Writes `status` if it differs from what the object has.
@@ -137,24 +172,14 @@ impl Cluster {
         if object.get("status") == Some(status) {
             return Ok(());
         }
-        let mut options = WriteOptions::internal(self.name).with_part(Part::Status);
-        let namespace = resource.namespaced.then(|| obj::namespace(object));
-        let written =
-            self.server.rewrite(resource, namespace, obj::name(object), &mut options, &mut |old, _| {
-                let mut new = old.clone();
-                if obj::uid(old) == obj::uid(object) {
-                    obj::set(&mut new, &["status"], status.clone());
-                }
-                Ok(new)
-            });
-        settled(written)
+        self.edit(resource, object, Part::Status, &|new| obj::set(new, &["status"], status.clone()))
     }
 
     /// Deletes an object as seen (by UID).
     fn delete(&self, resource: &Arc<Resource>, object: &Value, options: DeleteOptions) -> ApiResult<()> {
         let options = DeleteOptions { uid: Some(obj::uid(object).to_owned()), ..options };
         let namespace = resource.namespaced.then(|| obj::namespace(object));
-        match self.server.delete(resource, namespace, obj::name(object), &options) {
+        match self.backend.delete(resource, namespace, obj::name(object), &options) {
             Err(error) if !(error.is_not_found() || error.is_conflict()) => Err(error),
             _ => Ok(()),
         }

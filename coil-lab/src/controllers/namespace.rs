@@ -21,7 +21,7 @@ pub(super) fn pass(cluster: &Cluster) -> ApiResult<Option<Duration>> {
 
 fn ensure_account(cluster: &Cluster, namespace: &str) -> ApiResult<()> {
     let accounts = cluster.resource("", "serviceaccounts")?;
-    if cluster.server.get(&accounts, Some(namespace), "default").is_ok() {
+    if cluster.backend.get(&accounts, Some(namespace), "default").is_ok() {
         return Ok(());
     }
     let account = json!({"metadata": {"name": "default"}});
@@ -32,20 +32,20 @@ fn empty(cluster: &Cluster, namespace: &Value) -> ApiResult<()> {
     let name = obj::name(namespace);
     let mut left = 0;
     let mut stored = Vec::new();
-    for resource in cluster.server.registry.all() {
+    for resource in cluster.backend.resources()? {
         if !resource.namespaced || stored.contains(&resource.storage) {
             continue;
         }
         stored.push(resource.storage.clone());
-        for object in cluster.server.all(&resource, Some(name)) {
+        for object in cluster.backend.all(&resource, Some(name))? {
             if !obj::is_deleting(&object) {
                 cluster.delete(&resource, &object, DeleteOptions::default())?;
             }
         }
-        left += cluster.server.all(&resource, Some(name)).len();
+        left += cluster.backend.all(&resource, Some(name))?.len();
     }
     if left == 0 {
-        super::settled(cluster.server.finalize_namespace(name, &json!({"spec": {"finalizers": []}})))?;
+        super::settled(cluster.backend.finalize_namespace(namespace))?;
     }
     Ok(())
 }

@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use super::{Cluster, pods};
 use crate::api::selector::Labels;
 use crate::api::subresource::set_scheduled;
-use crate::api::write::{Part, WriteOptions};
+use crate::api::write::Part;
 use crate::api::{ApiResult, obj};
 
 pub(super) fn pass(cluster: &Cluster) -> ApiResult<Option<Duration>> {
@@ -32,7 +32,7 @@ pub(super) fn pass(cluster: &Cluster) -> ApiResult<Option<Duration>> {
             Ok(node) => {
                 let binding = json!({"target": {"kind": "Node", "name": node}});
                 let (namespace, name) = (obj::namespace(&pod), obj::name(&pod));
-                match cluster.server.bind(namespace, name, &binding) {
+                match cluster.backend.bind(namespace, name, &binding) {
                     Ok(()) => {
                         let message = format!("Successfully assigned {namespace}/{name} to {node}");
                         cluster.event(&pod, "Normal", "Scheduled", &message);
@@ -58,21 +58,11 @@ fn report_unschedulable(cluster: &Cluster, pod: &Value, message: &str) -> ApiRes
         return Ok(());
     }
     let resource = cluster.resource("", "pods")?;
-    let mut options = WriteOptions::internal(cluster.name).with_part(Part::Status);
-    let written = cluster.server.rewrite(
-        &resource,
-        Some(obj::namespace(pod)),
-        obj::name(pod),
-        &mut options,
-        &mut |old, _| {
-            let mut new = old.clone();
-            if obj::text(old, &["spec", "nodeName"]).is_empty() {
-                set_scheduled(&mut new, false, "Unschedulable", message);
-            }
-            Ok(new)
-        },
-    );
-    super::settled(written)?;
+    cluster.edit(&resource, pod, Part::Status, &|new| {
+        if obj::text(new, &["spec", "nodeName"]).is_empty() {
+            set_scheduled(new, false, "Unschedulable", message);
+        }
+    })?;
     cluster.event(pod, "Warning", "FailedScheduling", message);
     Ok(())
 }

@@ -5,7 +5,6 @@ mod api;
 mod background;
 mod bpffs;
 mod control_plane;
-mod daemonset;
 mod objects;
 
 use crate::kubelet::Kubelets;
@@ -95,15 +94,14 @@ async fn run() -> anyhow::Result<()> {
 
     let mut api = api::Api::start(&mut state).await?;
     let shutdown = CancellationToken::new();
-    let mut tasks = JoinSet::new();
     let mut controllers = match &api.embedded {
         Some(server) => controllers::start(server),
-        None => JoinSet::new(),
+        None if api.has_controllers && !state.options.controllers => JoinSet::new(),
+        None => {
+            progress("running the lab's own controllers of workloads");
+            controllers::start_remote(api.client.clone())
+        }
     };
-    if !api.has_controllers {
-        progress("this control plane has no controllers for workloads: the lab's own fill in");
-        tasks.spawn(daemonset::run(api.client.clone(), state.clone()));
-    }
     progress("registering nodes and custom resources");
     let kubelets = Kubelets::register(api.client.clone(), state.clone(), shutdown.clone()).await?;
     let mut kubelets = tokio::spawn(kubelets.run());
@@ -130,7 +128,6 @@ async fn run() -> anyhow::Result<()> {
         ended = background.failed() => ended,
         ended = api.failed() => ended,
         ended = &mut kubelets => ended?,
-        Some(ended) = tasks.join_next() => ended?,
         Some(ended) = controllers.join_next() => ended.context("a controller"),
     };
     shutdown.cancel();
