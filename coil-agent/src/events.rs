@@ -101,10 +101,8 @@ pub async fn publish(
         }
         let changed = snapshots.changed();
         match again {
-            Some(at) => match tokio::time::timeout_at(at, changed).await {
-                Ok(changed) => changed.map_err(|_| Closed)?,
-                Err(_) => {}
-            },
+            // At `at` there is something to tell, changed or not.
+            Some(at) => tokio::time::timeout_at(at, changed).await.unwrap_or(Ok(())).map_err(|_| Closed)?,
             None => changed.await.map_err(|_| Closed)?,
         }
     }
