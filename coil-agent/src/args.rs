@@ -8,6 +8,8 @@ use coil_runtime::admin::ListenAddr;
 use coil_runtime::telemetry::LogArgs;
 
 /// The node agent of Coil: keeps the datapath of this node as Pods and Egresses ask for.
+///
+/// The datapath goes on when the agent ends. `coild uninstall` takes it away.
 #[derive(Parser, Clone, Debug)]
 pub struct CoildArgs {
     /// Address of the metrics server.

@@ -3,6 +3,7 @@
 
 use std::ffi::OsString;
 use std::future::Future;
+use std::io::Write;
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -64,8 +65,13 @@ fn completion(name: &str, shell: Option<&OsString>, mut command: clap::Command) 
         eprintln!("usage: {name} completion bash|zsh|fish|elvish|powershell");
         return ExitCode::FAILURE;
     };
-    clap_complete::generate(shell, &mut command, name, &mut std::io::stdout());
-    ExitCode::SUCCESS
+    let mut script = Vec::new();
+    clap_complete::generate(shell, &mut command, name, &mut script);
+    // Whoever reads may have read enough.
+    match std::io::stdout().write_all(&script) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(_) => ExitCode::FAILURE,
+    }
 }
 
 /// Parses arguments and runs an asynchronous program on a multi-threaded runtime. An error is logged with
