@@ -378,3 +378,31 @@ async fn running_clients_are_counted() {
     .await;
     count(1).await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_happens_while_the_api_is_away_is_caught_up_with() {
+    let cluster = Cluster::start().await;
+    let namespace = cluster.namespace("internet").await;
+    let egresses: Api<Egress> = Api::namespaced(cluster.client(), &namespace);
+    let deployments: Api<Deployment> = Api::namespaced(cluster.client(), &namespace);
+    for name in ["changed", "deleted"] {
+        cluster.egress(&namespace, name, json!({})).await;
+        cluster.reconciled(&namespace, name).await;
+    }
+    cluster.set_reachable(false);
+    cluster.patch(&namespace, "changed", json!({ "replicas": 4 })).await;
+    cluster.egress(&namespace, "new", json!({})).await;
+    egresses.delete("deleted", &DeleteParams::default()).await.unwrap();
+    // Somebody else's work, too.
+    deployments.delete("changed", &DeleteParams::default()).await.unwrap();
+    cluster.set_reachable(true);
+    eventually("the changed Deployment", || async {
+        (deployments.get_opt("changed").await.unwrap()?.spec?.replicas == Some(4)).then_some(())
+    })
+    .await;
+    cluster.reconciled(&namespace, "new").await;
+    eventually("the end of the deleted one", || async {
+        deployments.get_opt("deleted").await.unwrap().is_none().then_some(())
+    })
+    .await;
+}

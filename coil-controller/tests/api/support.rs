@@ -1,6 +1,7 @@
 //! An API server with the controller running against it.
 
 use std::future::Future;
+use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
@@ -15,6 +16,9 @@ use kube::api::{ObjectMeta, Patch, PatchParams, PostParams};
 use kube::{Api, Client, Config};
 use prometheus::Registry;
 use serde_json::{Value, json};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::watch;
+use tokio::task::{JoinHandle, JoinSet};
 
 const DEADLINE: Duration = Duration::from_secs(30);
 
@@ -24,13 +28,19 @@ pub struct Cluster {
     registry: Registry,
     tasks: Vec<tokio::task::JoinHandle<()>>,
     server: Option<std::sync::Arc<ApiServer>>,
+    /// Whether the controller reaches the API server.
+    reachable: watch::Sender<bool>,
 }
 
 impl Cluster {
     pub async fn start() -> Self {
         let mut tasks = Vec::new();
-        let (client, server) = match std::env::var_os("COIL_TEST_KUBECONFIG") {
-            Some(path) => (Client::try_from(kubeconfig(Path::new(&path)).await).unwrap(), None),
+        let (client, server, client_address) = match std::env::var_os("COIL_TEST_KUBECONFIG") {
+            Some(path) => (
+                Client::try_from(kubeconfig(Path::new(&path)).await).unwrap(),
+                None,
+                "127.0.0.1:0".parse().unwrap(),
+            ),
             None => {
                 let server = ApiServer::new(ApiConfig::default());
                 let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -40,25 +50,40 @@ impl Cluster {
                 let mut controllers = coil_lab::controllers::start(&server);
                 tasks.push(tokio::spawn(async move { while controllers.join_next().await.is_some() {} }));
                 let config = Config::new(format!("http://{address}").parse().unwrap());
-                (Client::try_from(config).unwrap(), Some(server))
+                (Client::try_from(config).unwrap(), Some(server), address)
             }
         };
         install(&client).await;
+        let reachable = watch::Sender::new(true);
+        let theirs = match &server {
+            Some(_) => {
+                let (config, proxy) = proxy(client_address, reachable.subscribe()).await;
+                tasks.push(proxy);
+                Client::try_from(config).unwrap()
+            }
+            None => client.clone(),
+        };
         let registry = Registry::new();
         let settings = Settings { image: "coil:test".to_owned(), fou_port: 5555 };
         let work = coil_controller::run_controllers(
-            client.clone(),
+            theirs,
             settings,
             "test".to_owned(),
             registry.clone(),
             coil_runtime::tasks::Drain::new(),
         );
         tasks.push(tokio::spawn(async move { work.await.unwrap() }));
-        Self { client, registry, tasks, server }
+        Self { client, registry, tasks, server, reachable }
     }
 
     pub fn client(&self) -> Client {
         self.client.clone()
+    }
+
+    /// Takes the API server away from the controller, or gives it back. Only the embedded one can go.
+    pub fn set_reachable(&self, reachable: bool) {
+        assert!(self.server.is_some(), "not with COIL_TEST_KUBECONFIG");
+        self.reachable.send_replace(reachable);
     }
 
     /// Makes a namespace with a name of its own.
@@ -164,6 +189,34 @@ async fn install(client: &Client) {
     }
     let egresses: Api<Egress> = Api::all(client.clone());
     eventually("Egress API", || async { egresses.list(&kube::api::ListParams::default()).await.ok() }).await;
+}
+
+/// Passes connections on while `open` says so; otherwise cuts them.
+async fn proxy(target: SocketAddr, mut open: watch::Receiver<bool>) -> (Config, JoinHandle<()>) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let config = Config::new(format!("http://{}", listener.local_addr().unwrap()).parse().unwrap());
+    let task = tokio::spawn(async move {
+        let mut connections = JoinSet::new();
+        loop {
+            tokio::select! {
+                changed = open.changed() => match changed {
+                    Ok(()) if *open.borrow() => {}
+                    Ok(()) => connections.abort_all(),
+                    Err(_) => return,
+                },
+                accepted = listener.accept() => {
+                    let (mut near, _) = accepted.unwrap();
+                    if *open.borrow() {
+                        connections.spawn(async move {
+                            let mut far = TcpStream::connect(target).await?;
+                            tokio::io::copy_bidirectional(&mut near, &mut far).await
+                        });
+                    }
+                }
+            }
+        }
+    });
+    (config, task)
 }
 
 async fn kubeconfig(path: &Path) -> Config {
