@@ -39,6 +39,14 @@ pub(crate) enum ReconcileError {
         /// Its name.
         name: String,
     },
+    /// An object of a former Egress of the same name is not gone yet.
+    #[error("{kind} {name} of a former Egress of this name is not gone yet")]
+    Former {
+        /// Kind of the object.
+        kind: &'static str,
+        /// Its name.
+        name: String,
+    },
     /// The ClusterRoleBinding that lets egress pods watch clients is not installed.
     #[error("ClusterRoleBinding {name} is missing; install Coil's manifests")]
     NoBinding {
@@ -75,7 +83,7 @@ impl ReconcileError {
                 },
                 _ => Class::Retry,
             },
-            Self::NotOurs { .. } | Self::NoBinding { .. } => Class::Wait,
+            Self::NotOurs { .. } | Self::Former { .. } | Self::NoBinding { .. } => Class::Wait,
             Self::Template(_) | Self::Unreadable(_) => Class::Permanent,
         }
     }
@@ -84,6 +92,7 @@ impl ReconcileError {
     pub(crate) fn reason(&self) -> &'static str {
         match (self, self.class()) {
             (Self::NotOurs { .. }, _) => conditions::REASON_NOT_OURS,
+            (Self::Former { .. }, _) => conditions::REASON_DELETING,
             (Self::NoBinding { .. }, _) => conditions::REASON_PREREQUISITE,
             (_, Class::Retry) => conditions::REASON_API_ERROR,
             (_, Class::Wait | Class::Permanent) => conditions::REASON_REFUSED,
@@ -95,6 +104,7 @@ impl ReconcileError {
         match self {
             Self::Api { .. } => "api",
             Self::NotOurs { .. } => "name_taken",
+            Self::Former { .. } => "deleting",
             Self::NoBinding { .. } => "no_binding",
             Self::Template(_) => "template",
             Self::Unreadable(_) => "unreadable",

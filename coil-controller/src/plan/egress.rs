@@ -17,7 +17,7 @@ use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 use kube::ResourceExt;
 
 use super::deployment;
-use super::ownership::{claim, is_claimed, is_ours};
+use super::ownership::{Owner, claim, is_claimed, owner_of};
 pub use super::status::{Outcome, status};
 
 /// UDP port of FOU unless somebody says otherwise.
@@ -90,6 +90,13 @@ pub enum Write {
     DeleteBudget {
         /// What was observed.
         metadata: Box<ObjectMeta>,
+    },
+    /// A child of a former Egress of this name is not gone yet.
+    Await {
+        /// Kind.
+        kind: &'static str,
+        /// Name.
+        name: String,
     },
     /// A child of this name belongs to somebody else.
     Refuse {
@@ -187,8 +194,11 @@ fn decide(
 ) {
     match observed {
         None => writes.push(Write::Create { child, digest }),
-        Some(old) if !is_ours(egress, old) => {
+        Some(old) if owner_of(egress, old) == Owner::Others => {
             writes.push(Write::Refuse { kind, name: egress.name_any() });
+        }
+        Some(old) if owner_of(egress, old) == Owner::Former => {
+            writes.push(Write::Await { kind, name: egress.name_any() });
         }
         // Its deletion will wake us up again.
         Some(old) if old.deletion_timestamp.is_some() => {}

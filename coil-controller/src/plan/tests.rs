@@ -53,7 +53,7 @@ impl World {
                 Write::Create { child, digest } => self.store(child, digest, None),
                 Write::Replace { child, digest } => self.store(child, digest, Some(())),
                 Write::DeleteBudget { .. } => self.observed.budget = None,
-                Write::Refuse { .. } => {}
+                Write::Refuse { .. } | Write::Await { .. } => {}
             }
         }
         writes
@@ -439,7 +439,7 @@ fn what_belongs_to_others_is_not_touched() {
     let owner = |uid: &str| OwnerReference {
         controller: Some(true),
         uid: uid.into(),
-        kind: "Egress".into(),
+        kind: "Other".into(),
         name: "egress".into(),
         ..OwnerReference::default()
     };
@@ -447,6 +447,10 @@ fn what_belongs_to_others_is_not_touched() {
     service.metadata.owner_references = Some(vec![owner("somebody")]);
     let writes = world.reconcile(&egress);
     assert!(matches!(&writes[..], [Write::Refuse { kind: "Service", name }] if name == "egress"));
+    // Left by an Egress of the same name.
+    let service = world.observed.service.as_mut().unwrap();
+    service.metadata.owner_references.as_mut().unwrap()[0].kind = "Egress".into();
+    assert!(matches!(world.reconcile(&egress)[..], [Write::Await { kind: "Service", .. }]));
     // Restored from a backup: nobody's, but marked as ours.
     let service = world.observed.service.as_mut().unwrap();
     service.metadata.owner_references = None;

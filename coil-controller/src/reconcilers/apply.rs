@@ -104,6 +104,7 @@ pub(crate) async fn carry_out(
             delete::<PodDisruptionBudget>(client, namespace, name, &metadata).await?;
             ("delete", "PodDisruptionBudget", None)
         }
+        Write::Await { kind, name } => return Err(ReconcileError::Former { kind, name }),
         Write::Refuse { kind, name } => return Err(ReconcileError::NotOurs { kind, name }),
     };
     Ok(Done { operation, kind, name: name.to_owned(), answer })

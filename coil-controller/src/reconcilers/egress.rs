@@ -278,7 +278,8 @@ async fn tell_about_conditions(
             }
         }
         Outcome::Failed { reason, message } => {
-            if *reason != conditions::REASON_API_ERROR && news(conditions::RECONCILED).is_some() {
+            let passing = [conditions::REASON_API_ERROR, conditions::REASON_DELETING].contains(reason);
+            if !passing && news(conditions::RECONCILED).is_some() {
                 publish(context, &regarding, EventType::Warning, reason, "Reconcile", message.clone()).await;
             }
         }

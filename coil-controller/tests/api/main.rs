@@ -406,3 +406,26 @@ async fn what_happens_while_the_api_is_away_is_caught_up_with() {
     })
     .await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_egress_can_be_replaced_by_one_of_the_same_name() {
+    let cluster = Cluster::start().await;
+    let namespace = cluster.namespace("internet").await;
+    let egresses: Api<Egress> = Api::namespaced(cluster.client(), &namespace);
+    let deployments: Api<Deployment> = Api::namespaced(cluster.client(), &namespace);
+    cluster.egress(&namespace, "egress", json!({})).await;
+    cluster.reconciled(&namespace, "egress").await;
+    let former = deployments.get("egress").await.unwrap().metadata.uid;
+    egresses.delete("egress", &DeleteParams::default()).await.unwrap();
+    cluster.egress(&namespace, "egress", json!({})).await;
+    let uid = egresses.get("egress").await.unwrap().metadata.uid;
+    eventually("a Deployment of the new one", || async {
+        let deployment = deployments.get_opt("egress").await.unwrap()?;
+        assert!(
+            deployment.metadata.uid != former || deployment.owner_references()[0].uid != uid.clone().unwrap()
+        );
+        (deployment.metadata.uid != former).then_some(())
+    })
+    .await;
+    cluster.reconciled(&namespace, "egress").await;
+}
