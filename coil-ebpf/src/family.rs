@@ -15,7 +15,7 @@ use crate::{csum, packet::Packet};
 /// An address family: either [`V4`] or [`V6`].
 pub trait Family: Copy + Debug + PartialEq + Eq + 'static {
     /// An address: words in the order of memory, so that they are copied and compared as such.
-    type Addr: Copy + Debug + PartialEq + Eq;
+    type Addr: Copy + Debug + PartialEq + Eq + Pod;
     /// Key of flow and translation tables, as it is shared.
     type Key: Copy + Debug + PartialEq + Eq + Pod;
     /// The same in words: stored byte by byte it would cost a call for each run of zeros.

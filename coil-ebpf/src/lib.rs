@@ -17,4 +17,6 @@ pub mod head;
 pub mod packet;
 pub mod parse;
 pub mod tables;
+#[cfg(feature = "testing")]
+pub mod testing;
 pub mod verdict;

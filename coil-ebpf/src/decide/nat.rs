@@ -72,7 +72,11 @@ pub(super) fn outbound<F: Family, T: NatTables<F>, O: Ports<F>>(
             // Once a second at most: is the other half still there?
             back.set_dst(&known.addr, known.port);
             if let Some(reverse) = tables.reverse(back.key()) {
-                if opens && known.state & !STATE_SYN != 0 {
+                let owner = tables.translation(reverse);
+                // Another flow may have the port by now: start over with another one.
+                lost = !F::same(&owner.addr, &flow.src())
+                    || u16::from_ne_bytes(owner.port) != u16::from_ne_bytes(flow.src_port());
+                if !lost && opens && known.state & !STATE_SYN != 0 {
                     tables.restart(entry);
                     tables.restart(reverse);
                 }
@@ -80,7 +84,6 @@ pub(super) fn outbound<F: Family, T: NatTables<F>, O: Ports<F>>(
                 value = F::translation(&flow.src(), flow.src_port(), 0, now);
                 match tables.reserve(back.key(), &value) {
                     Ok(()) => {}
-                    // Another flow has the port by now: start over with another one.
                     Err(ReserveError::Taken) => lost = true,
                     Err(ReserveError::Full) => return Err(DropReason::NatTableFull),
                 }

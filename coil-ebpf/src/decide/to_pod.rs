@@ -56,7 +56,7 @@ pub fn to_pod<F: Outer, P: Packet, T: NodeTables<F>>(
         return Ok(Verdict::Rewrite(None));
     };
     rewrite.clamp(&l4, mss::clamp(packet, &l4, wire::inner_mss::<F>(pod.mtu))?);
-    let flow = tables.flow(&l4.flow(&inner).reversed().key());
+    let flow = tables.flow(l4.flow(&inner).reversed().key());
     let account = match flow {
         None => None,
         Some(entry) => {

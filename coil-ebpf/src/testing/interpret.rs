@@ -1,0 +1,202 @@
+//! Carries verdicts out on bytes in memory, as the programs do on packets in the kernel.
+
+use coil_common::{config::Config, stats::DropReason};
+
+use super::{
+    Action, Hook,
+    memory::{Memory, Tables},
+};
+use crate::{
+    csum,
+    decide::{dropped, from_pod, gateway, to_pod},
+    family::{V4, V6},
+    head::Build,
+    packet::{ETHERNET, Packet as _},
+    parse::{
+        eth::{EtherType, ethertype},
+        tunnel::Outer,
+    },
+    tables::{NatTables, NodeTables},
+    verdict::{Refusal, Rewrite, Verdict, Way},
+};
+
+/// Runs a packet through a hook: what is left of it, and what happens to it.
+#[must_use]
+pub fn run(hook: Hook, ifindex: u32, packet: &Memory, config: &Config, tables: &Tables) -> (Action, Vec<u8>) {
+    let mut packet = packet.clone();
+    let result = match ethertype(&mut packet) {
+        Ok(EtherType::V4) => run_family::<V4>(hook, ifindex, &mut packet, config, tables),
+        Ok(EtherType::V6) => run_family::<V6>(hook, ifindex, &mut packet, config, tables),
+        Ok(EtherType::Other) | Err(_) => Ok(Action::Pass),
+    };
+    match result {
+        Ok(action) => (action, packet.bytes),
+        Err(reason) => {
+            tables.count_drop(reason, dropped(&packet));
+            (Action::Drop, packet.bytes)
+        }
+    }
+}
+
+fn run_family<F: Outer + Build>(
+    hook: Hook,
+    ifindex: u32,
+    packet: &mut Memory,
+    config: &Config,
+    tables: &Tables,
+) -> Result<Action, DropReason>
+where
+    Tables: NodeTables<F> + NatTables<F>,
+{
+    let mut rewrite = Rewrite::<F>::new();
+    let pod = tables.pod(ifindex);
+    let refusal = match (hook, pod) {
+        (Hook::FromPod | Hook::ToPod, None) => return Ok(Action::Pass),
+        (Hook::FromPod, Some(pod)) => match from_pod::from_pod(packet, &pod, config, tables, &mut rewrite)? {
+            Verdict::Pass => return Ok(Action::Pass),
+            Verdict::Rewrite(account) => {
+                apply(packet, &rewrite);
+                account.commit(tables);
+                None
+            }
+            Verdict::TooBig(refusal) => Some(refusal),
+        },
+        (Hook::ToPod, Some(pod)) => match to_pod::to_pod(packet, &pod, config, tables, &mut rewrite)? {
+            Verdict::Pass => return Ok(Action::Pass),
+            Verdict::Rewrite(account) => {
+                apply(packet, &rewrite);
+                if let Some(account) = account {
+                    account.commit(tables);
+                }
+                None
+            }
+            Verdict::TooBig(refusal) => Some(refusal),
+        },
+        (Hook::Gateway, _) => match gateway::gateway(packet, config, tables, &mut rewrite)? {
+            Verdict::Pass => return Ok(Action::Pass),
+            Verdict::Rewrite(account) => {
+                apply(packet, &rewrite);
+                account.commit(tables);
+                None
+            }
+            Verdict::TooBig(refusal) => Some(refusal),
+        },
+    };
+    if let Some(refusal) = refusal {
+        tables.count_drop(DropReason::TooBig, dropped(packet));
+        refuse::<F>(packet, &refusal, config)?;
+        return Ok(Action::Back);
+    }
+    Ok(match rewrite.way {
+        Way::On => Action::Pass,
+        Way::Back => Action::Back,
+    })
+}
+
+/// Changes a packet.
+pub fn apply<F: Build>(packet: &mut Memory, rewrite: &Rewrite<F>) {
+    if matches!(rewrite.way, Way::Back) {
+        turn_around(&mut packet.bytes);
+    }
+    let ip = &rewrite.ip;
+    if let Some(first) = ip.first {
+        write(&mut packet.bytes, ip.at, &first);
+    }
+    if let Some(ttl) = ip.ttl {
+        write(&mut packet.bytes, ip.at + F::TTL_AT, &ttl);
+    }
+    if let (Some(at), Some(check)) = (F::CHECK_AT, ip.check) {
+        write(&mut packet.bytes, ip.at + at, &check);
+    }
+    if let Some((at, addr)) = ip.addr {
+        write(&mut packet.bytes, at, bytemuck::bytes_of(&addr));
+    }
+    if let Some(port) = rewrite.port {
+        write(&mut packet.bytes, port.at, &port.new);
+    }
+    if let Some(mss) = rewrite.mss {
+        write(&mut packet.bytes, mss.at, &mss.value);
+    }
+    let check = &rewrite.check;
+    for delta in [check.pseudo, rewrite.plain_delta()].into_iter().flatten() {
+        update(&mut packet.bytes, check.at, delta, check.optional);
+    }
+    packet.bytes.drain(ETHERNET..ETHERNET + rewrite.pop);
+    if let Some(tunnel) = &rewrite.push {
+        insert(&mut packet.bytes, bytemuck::bytes_of(&F::tunnel(tunnel)));
+    }
+}
+
+/// Makes an ICMP error of a packet.
+fn refuse<F: Build>(packet: &mut Memory, refusal: &Refusal, config: &Config) -> Result<(), DropReason> {
+    packet.ensure(ETHERNET + F::QUOTE).map_err(|_| DropReason::TooBig)?;
+    let error = refusal.error::<F, _>(packet, config)?;
+    let (header, transport) = packet.bytes[ETHERNET..ETHERNET + F::QUOTE].split_at(refusal.header);
+    let (header, transport) = (sum(header), sum(transport));
+    let head = F::too_big(&error, header);
+    turn_around(&mut packet.bytes);
+    packet.bytes.truncate(ETHERNET + F::QUOTE);
+    insert(&mut packet.bytes, bytemuck::bytes_of(&head));
+    update(&mut packet.bytes, ETHERNET + F::ICMP_CHECK_AT, transport, false);
+    packet.gso_size = 0;
+    Ok(())
+}
+
+/// Swaps the Ethernet addresses.
+fn turn_around(bytes: &mut [u8]) {
+    let (to, from) = bytes.split_at_mut(6);
+    to.swap_with_slice(&mut from[..6]);
+}
+
+fn write(bytes: &mut [u8], at: usize, value: &[u8]) {
+    bytes[at..at + value.len()].copy_from_slice(value);
+}
+
+fn insert(bytes: &mut Vec<u8>, head: &[u8]) {
+    bytes.splice(ETHERNET..ETHERNET, head.iter().copied());
+}
+
+/// What the helper of the kernel does to a checksum that is complete.
+fn update(bytes: &mut [u8], at: usize, delta: u32, optional: bool) {
+    let old = [bytes[at], bytes[at + 1]];
+    if optional && old == [0, 0] {
+        return;
+    }
+    let mut new = csum::update(old, delta);
+    if optional && new == [0, 0] {
+        new = [0xff, 0xff];
+    }
+    write(bytes, at, &new);
+}
+
+/// Sum of bytes in the order of memory.
+fn sum(bytes: &[u8]) -> u32 {
+    bytes.chunks(2).fold(0, |sum, pair| {
+        csum::add(sum, u32::from(u16::from_ne_bytes([pair[0], pair.get(1).copied().unwrap_or(0)])))
+    })
+}
+
+/// A packet without what a tunnel may choose freely: identification or flow label of an outer header
+/// are zero, and the outer header checksum follows.
+#[must_use]
+pub fn canonical(bytes: &[u8]) -> Vec<u8> {
+    let mut out = bytes.to_vec();
+    let tunnelled = |at: usize| out.get(at..at + 2) == Some(&super::build::FOU.to_be_bytes()[..]);
+    match out.get(12..15) {
+        Some([8, 0, 0x45]) if out.get(23) == Some(&17) && tunnelled(36) => {
+            let sum_before = super::build::sum(&out[14..34]);
+            if sum_before == 0xffff {
+                write(&mut out, 18, &[0, 0]);
+                write(&mut out, 24, &[0, 0]);
+                let check = !super::build::sum(&out[14..34]);
+                write(&mut out, 24, &check.to_be_bytes());
+            }
+        }
+        Some([0x86, 0xdd, _]) if out.get(20) == Some(&17) && tunnelled(56) => {
+            out[15] &= 0xf0;
+            write(&mut out, 16, &[0, 0]);
+        }
+        _ => {}
+    }
+    out
+}

@@ -1,0 +1,382 @@
+//! A packet and tables in memory.
+
+use std::{cell::RefCell, collections::BTreeMap};
+
+use coil_common::{
+    names,
+    stats::{Direction, DropReason, GatewayStat, egress_stat},
+    values::{Counter, EgressValue, FlowValue, GatewayValue, NatValue4, NatValue6, PodValue},
+};
+
+use super::entries::{Bytes, Entry, Key, Value};
+use crate::{
+    family::{Family, V4, V6, addr4, addr6},
+    packet::Packet,
+    tables::{Clock, Full, NatTables, NodeTables, ReserveError, Tally, Translation},
+};
+
+/// A packet in memory.
+#[derive(Clone, Debug, Default)]
+pub struct Memory {
+    /// Its bytes, Ethernet header first.
+    pub bytes: Vec<u8>,
+    /// Transport payload of each segment, 0 if it is not a GSO packet.
+    pub gso_size: u32,
+    /// Number of segments, 0 if unknown.
+    pub gso_segments: u32,
+}
+
+impl Memory {
+    /// A packet that is no GSO packet.
+    #[must_use]
+    pub const fn new(bytes: Vec<u8>) -> Self {
+        Self { bytes, gso_size: 0, gso_segments: 0 }
+    }
+}
+
+impl Packet for Memory {
+    fn ensure(&mut self, len: usize) -> Result<(), DropReason> {
+        if len <= self.bytes.len() { Ok(()) } else { Err(DropReason::Truncated) }
+    }
+
+    fn load<const N: usize>(&self, offset: usize) -> Result<[u8; N], DropReason> {
+        let bytes = self.bytes.get(offset..offset + N).ok_or(DropReason::Truncated)?;
+        bytes.try_into().map_err(|_| DropReason::Truncated)
+    }
+
+    fn words<const N: usize>(&self, offset: usize) -> Result<[u32; N], DropReason> {
+        let mut out = [0; N];
+        for (index, word) in out.iter_mut().enumerate() {
+            *word = u32::from_ne_bytes(self.load::<4>(offset + index * 4)?);
+        }
+        Ok(out)
+    }
+
+    fn length(&self) -> u32 {
+        u32::try_from(self.bytes.len()).unwrap_or(u32::MAX)
+    }
+
+    fn gso_size(&self) -> u32 {
+        self.gso_size
+    }
+
+    fn gso_segments(&self) -> u32 {
+        self.gso_segments
+    }
+}
+
+/// Tables in memory: what the agent writes is fixed, what the datapath writes is behind a cell.
+#[derive(Debug, Default)]
+pub struct Tables {
+    /// Seconds since boot.
+    pub now: u32,
+    fixed: BTreeMap<(&'static str, Key), Value>,
+    live: RefCell<BTreeMap<(&'static str, Key), Value>>,
+    counters: RefCell<BTreeMap<(&'static str, u32), Counter>>,
+    capacity: BTreeMap<&'static str, usize>,
+}
+
+impl Tables {
+    /// Tables with these entries; the clock shows `now`.
+    #[must_use]
+    pub fn new(entries: &[Entry], now: u32) -> Self {
+        let mut tables = Self { now, ..Self::default() };
+        for Entry { map, key, value } in entries {
+            if is_live(map) {
+                tables.live.borrow_mut().insert((map, key.clone()), value.clone());
+            } else {
+                tables.fixed.insert((map, key.clone()), value.clone());
+            }
+        }
+        tables
+    }
+
+    /// Limits a map to so many entries.
+    pub fn limit(&mut self, map: &'static str, entries: usize) {
+        self.capacity.insert(map, entries);
+    }
+
+    /// The entries that the datapath may write.
+    #[must_use]
+    pub fn entries(&self) -> Vec<Entry> {
+        let live = self.live.borrow();
+        live.iter().map(|((map, key), value)| Entry { map, key: key.clone(), value: value.clone() }).collect()
+    }
+
+    /// All counters that are not zero.
+    #[must_use]
+    pub fn counters(&self) -> BTreeMap<(&'static str, u32), Counter> {
+        self.counters.borrow().clone()
+    }
+
+    /// The pod behind an interface.
+    #[must_use]
+    pub fn pod(&self, ifindex: u32) -> Option<PodValue> {
+        self.fixed(names::MAP_PODS, &ifindex)
+    }
+
+    /// Counts a drop.
+    pub fn count_drop(&self, reason: DropReason, counter: Counter) {
+        self.count(names::MAP_DROPS, reason.index(), counter.packets, counter.bytes);
+    }
+
+    fn fixed<V: bytemuck::AnyBitPattern>(&self, map: &'static str, key: &impl Bytes) -> Option<V> {
+        self.fixed.get(&(map, Key::of(key))).map(Value::read)
+    }
+
+    fn live<V: bytemuck::AnyBitPattern>(&self, map: &'static str, key: &Key) -> Option<V> {
+        self.live.borrow().get(&(map, key.clone())).map(Value::read)
+    }
+
+    fn put(
+        &self,
+        map: &'static str,
+        key: &Key,
+        value: &impl Bytes,
+        replace: bool,
+    ) -> Result<(), ReserveError> {
+        let mut live = self.live.borrow_mut();
+        let exists = live.contains_key(&(map, key.clone()));
+        if exists && !replace {
+            return Err(ReserveError::Taken);
+        }
+        let used = live.keys().filter(|(name, _)| *name == map).count();
+        if !exists && self.capacity.get(map).is_some_and(|most| used >= *most) {
+            return Err(ReserveError::Full);
+        }
+        live.insert((map, key.clone()), Value::of(value));
+        Ok(())
+    }
+
+    fn change<V: Bytes + bytemuck::AnyBitPattern>(
+        &self,
+        (map, key): &(&'static str, Key),
+        change: impl FnOnce(&mut V),
+    ) {
+        if let Some(value) = self.live.borrow_mut().get_mut(&(*map, key.clone())) {
+            let mut typed: V = value.read();
+            change(&mut typed);
+            *value = Value::of(&typed);
+        }
+    }
+
+    fn count(&self, map: &'static str, index: u32, packets: u64, bytes: u64) {
+        let mut counters = self.counters.borrow_mut();
+        let counter = counters.entry((map, index)).or_default();
+        counter.packets += packets;
+        counter.bytes += bytes;
+    }
+
+    /// Longest prefix match.
+    fn longest<K: bytemuck::Pod>(&self, map: &'static str, wanted: &K) -> Option<u32> {
+        let wanted = bytemuck::bytes_of(wanted);
+        let mut best: Option<(u32, u32)> = None;
+        for ((name, key), value) in &self.fixed {
+            if *name != map {
+                continue;
+            }
+            let (length, data) = key.split_prefix();
+            let matches = (0..length as usize).all(|bit| {
+                let mask = 0x80 >> (bit % 8);
+                data[bit / 8] & mask == wanted[bit / 8] & mask
+            });
+            if matches && best.is_none_or(|(longest, _)| longest < length) {
+                best = Some((length, value.read::<u32>()));
+            }
+        }
+        best.map(|(_, value)| value)
+    }
+}
+
+/// The datapath writes entries of this map.
+fn is_live(map: &str) -> bool {
+    map.starts_with("flows_") || map.starts_with("nat_")
+}
+
+impl Clock for Tables {
+    fn now(&self) -> u32 {
+        self.now
+    }
+}
+
+/// A reference that lives as long as the process: tests are short.
+fn leak<T>(value: T) -> &'static T {
+    Box::leak(Box::new(value))
+}
+
+macro_rules! tables {
+    ($family:ty, $nat:ty, $addr:expr, $bytes:expr, $policy:ident, $peer:ident, $client:ident,
+     $maps:expr) => {
+        impl NodeTables<$family> for Tables {
+            type Flow = &'static (&'static str, Key);
+
+            fn policy(&self, set: u32, dst: &<$family as Family>::Addr) -> Option<u32> {
+                let key = coil_common::keys::$policy { set: set.to_be_bytes(), dst: $bytes(*dst) };
+                self.longest($maps[0], &key)
+            }
+
+            fn egress(&self, index: u32) -> Option<&EgressValue> {
+                self.fixed::<EgressValue>(names::MAP_EGRESSES, &index).map(|value| leak(value) as &_)
+            }
+
+            fn gateway(&self, index: u32) -> Option<&GatewayValue> {
+                self.fixed::<GatewayValue>(names::MAP_GATEWAYS, &index).map(|value| leak(value) as &_)
+            }
+
+            fn is_peer(&self, set: u32, addr: &<$family as Family>::Addr) -> bool {
+                let key = coil_common::keys::$peer { set, addr: $bytes(*addr) };
+                self.fixed::<u32>($maps[1], &key).is_some()
+            }
+
+            fn flow(&self, key: &<$family as Family>::KeyWords) -> Option<Self::Flow> {
+                let key = Key::of(key);
+                self.live::<FlowValue>($maps[2], &key).map(|_| &*leak(($maps[2], key)))
+            }
+
+            fn flow_value(&self, flow: Self::Flow) -> FlowValue {
+                self.live(flow.0, &flow.1).unwrap_or_default()
+            }
+
+            fn put_flow(&self, key: &<$family as Family>::KeyWords, value: &FlowValue) -> Result<(), Full> {
+                self.put($maps[2], &Key::of(key), value, true).map_err(|_| Full)
+            }
+
+            fn decide_flow(&self, flow: Self::Flow, value: &FlowValue) {
+                self.change::<FlowValue>(flow, |old| {
+                    old.set = value.set;
+                    old.egress = value.egress;
+                    old.gateway = value.gateway;
+                    old.gateway_generation = value.gateway_generation;
+                });
+            }
+
+            fn restart_flow(&self, flow: Self::Flow) {
+                self.change::<FlowValue>(flow, |old| old.state = 0);
+            }
+
+            fn count_flow(&self, flow: Self::Flow, direction: Direction, tally: &Tally) {
+                self.change::<FlowValue>(flow, |old| {
+                    let (packets, bytes) = match direction {
+                        Direction::Tx => (&mut old.tx_packets, &mut old.tx_bytes),
+                        Direction::Rx => (&mut old.rx_packets, &mut old.rx_bytes),
+                    };
+                    *packets += u64::from(tally.packets);
+                    *bytes += u64::from(tally.bytes);
+                    old.last_seen = tally.now;
+                    old.state |= tally.state;
+                });
+            }
+
+            fn count_egress(&self, egress: u32, direction: Direction, tally: &Tally) {
+                self.count(
+                    names::MAP_EGRESS_STATS,
+                    egress_stat(egress, direction),
+                    u64::from(tally.packets),
+                    u64::from(tally.bytes),
+                );
+            }
+        }
+
+        impl NatTables<$family> for Tables {
+            type Entry = &'static (&'static str, Key);
+
+            fn is_client(&self, addr: &<$family as Family>::Addr) -> bool {
+                let key = coil_common::keys::$client { addr: $bytes(*addr) };
+                self.fixed::<u32>($maps[3], &key).is_some()
+            }
+
+            fn forward(&self, key: &<$family as Family>::KeyWords) -> Option<Self::Entry> {
+                let key = Key::of(key);
+                self.live::<$nat>($maps[4], &key).map(|_| &*leak(($maps[4], key)))
+            }
+
+            fn reverse(&self, key: &<$family as Family>::KeyWords) -> Option<Self::Entry> {
+                let key = Key::of(key);
+                self.live::<$nat>($maps[5], &key).map(|_| &*leak(($maps[5], key)))
+            }
+
+            fn translation(&self, entry: Self::Entry) -> Translation<$family> {
+                let value = self.live::<$nat>(entry.0, &entry.1).unwrap_or_default();
+                Translation {
+                    addr: $addr(value.addr),
+                    port: value.port,
+                    state: value.state,
+                    last_seen: value.last_seen,
+                    used: value.packets != 0,
+                }
+            }
+
+            fn reserve(
+                &self,
+                key: &<$family as Family>::KeyWords,
+                value: &<$family as Family>::Nat,
+            ) -> Result<(), ReserveError> {
+                self.put($maps[5], &Key::of(key), value, false)
+            }
+
+            fn release(&self, key: &<$family as Family>::KeyWords) {
+                self.live.borrow_mut().remove(&($maps[5], Key::of(key)));
+            }
+
+            fn put_forward(
+                &self,
+                key: &<$family as Family>::KeyWords,
+                value: &<$family as Family>::Nat,
+            ) -> Result<(), Full> {
+                self.put($maps[4], &Key::of(key), value, true).map_err(|_| Full)
+            }
+
+            fn restart(&self, entry: Self::Entry) {
+                self.change::<$nat>(entry, |old| old.state = 0);
+            }
+
+            fn count_entry(&self, entry: Self::Entry, tally: &Tally) {
+                self.change::<$nat>(entry, |old| {
+                    old.packets += u64::from(tally.packets);
+                    old.bytes += u64::from(tally.bytes);
+                    old.last_seen = tally.now;
+                    old.state |= tally.state;
+                });
+            }
+
+            fn count_gateway(&self, stat: GatewayStat, packets: u32, bytes: u32) {
+                self.count(names::MAP_GATEWAY_STATS, stat.index(), u64::from(packets), u64::from(bytes));
+            }
+        }
+    };
+}
+
+tables!(
+    V4,
+    NatValue4,
+    addr4,
+    u32::to_ne_bytes,
+    PolicyKey4,
+    PeerKey4,
+    ClientKey4,
+    [
+        names::MAP_POLICY_V4,
+        names::MAP_PEERS_V4,
+        names::MAP_FLOWS_V4,
+        names::MAP_CLIENTS_V4,
+        names::MAP_NAT_FORWARD_V4,
+        names::MAP_NAT_REVERSE_V4
+    ]
+);
+tables!(
+    V6,
+    NatValue6,
+    addr6,
+    crate::family::bytes6,
+    PolicyKey6,
+    PeerKey6,
+    ClientKey6,
+    [
+        names::MAP_POLICY_V6,
+        names::MAP_PEERS_V6,
+        names::MAP_FLOWS_V6,
+        names::MAP_CLIENTS_V6,
+        names::MAP_NAT_FORWARD_V6,
+        names::MAP_NAT_REVERSE_V6
+    ]
+);

@@ -1,0 +1,175 @@
+//! What a scenario is, and how it runs through the library.
+
+use std::collections::BTreeMap;
+
+use coil_common::{config::Config, names, stats::DropReason, values::Counter};
+
+use super::{
+    entries::Entry,
+    interpret,
+    memory::{Memory, Tables},
+};
+
+/// Index of the interface that scenarios use: in `BPF_PROG_TEST_RUN` packets come in by the loopback
+/// interface, which has this index in every network namespace.
+pub const IFINDEX: u32 = 1;
+
+/// A program.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Hook {
+    /// `from_pod`
+    FromPod,
+    /// `to_pod`
+    ToPod,
+    /// `gateway`
+    Gateway,
+}
+
+impl Hook {
+    /// Name of the program.
+    #[must_use]
+    pub const fn program(self) -> &'static str {
+        match self {
+            Self::FromPod => names::PROGRAM_FROM_POD,
+            Self::ToPod => names::PROGRAM_TO_POD,
+            Self::Gateway => names::PROGRAM_GATEWAY,
+        }
+    }
+}
+
+/// What happens to a packet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Action {
+    /// Others go on with it: `TC_ACT_UNSPEC`.
+    Pass,
+    /// `TC_ACT_SHOT`
+    Drop,
+    /// Out of the interface that it came in by: `TC_ACT_REDIRECT`.
+    Back,
+}
+
+impl Action {
+    /// What the program returns.
+    #[must_use]
+    pub const fn code(self) -> i32 {
+        match self {
+            Self::Pass => -1,
+            Self::Drop => 2,
+            Self::Back => 7,
+        }
+    }
+}
+
+/// Whether the loaded program can be shown the packet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kernel {
+    /// It can, through `BPF_PROG_TEST_RUN`.
+    Takes,
+    /// It cannot, for this reason: the scenario is for the library only.
+    Refuses(&'static str),
+}
+
+/// What must be true after the packet.
+#[derive(Clone, Debug)]
+pub struct Expect {
+    /// What happened to it.
+    pub action: Action,
+    /// What it is like now, in [`canonical`](interpret::canonical) form; `None` if nobody looks.
+    pub packet: Option<Vec<u8>>,
+    /// Why it was dropped.
+    pub drop: Option<DropReason>,
+    /// All counters of `egress_stats` and `gateway_stats` that are not zero, by map and index.
+    pub counters: BTreeMap<(&'static str, u32), Counter>,
+    /// Entries of the flow and translation maps, all of them, points in time left out.
+    pub entries: Vec<Entry>,
+}
+
+/// A packet, the tables that it meets, and what must come of it.
+#[derive(Clone, Debug)]
+pub struct Scenario {
+    /// Its name, unique.
+    pub name: String,
+    /// The program.
+    pub hook: Hook,
+    /// The configuration of the program.
+    pub config: Config,
+    /// Contents of the maps before; all others are empty.
+    pub entries: Vec<Entry>,
+    /// A map that has room for no more than so many entries.
+    pub limit: Option<(&'static str, usize)>,
+    /// The packet, Ethernet header first.
+    pub packet: Memory,
+    /// Whether the kernel can be shown it.
+    pub kernel: Kernel,
+    /// What must come of it.
+    pub expect: Expect,
+}
+
+impl Scenario {
+    /// Runs it through the library, and says what is not as expected.
+    ///
+    /// # Errors
+    ///
+    /// What differs, in words.
+    pub fn check(&self) -> Result<(), String> {
+        let mut tables = Tables::new(&self.entries, 1000);
+        if let Some((map, entries)) = self.limit {
+            tables.limit(map, entries);
+        }
+        let (action, bytes) = interpret::run(self.hook, IFINDEX, &self.packet, &self.config, &tables);
+        self.compare(action, &bytes, &tables.counters(), &tables.entries())
+    }
+
+    /// Compares what came of the packet with what was expected. `counters` holds those of `drops` too,
+    /// and none that are zero.
+    ///
+    /// # Errors
+    ///
+    /// What differs, in words.
+    pub fn compare(
+        &self,
+        action: Action,
+        bytes: &[u8],
+        counters: &BTreeMap<(&'static str, u32), Counter>,
+        entries: &[Entry],
+    ) -> Result<(), String> {
+        let expect = &self.expect;
+        let mut wanted = expect.counters.clone();
+        if let Some(reason) = expect.drop {
+            let length = self.packet.bytes.len() as u64;
+            let packets = u64::from(self.packet.gso_segments.max(1));
+            let counter = Counter { packets, bytes: length.saturating_sub(14) };
+            wanted.insert((names::MAP_DROPS, reason.index()), counter);
+        }
+        if action != expect.action || *counters != wanted {
+            return Err(format!(
+                "action {action:?}, expected {:?}\ncounters {counters:?}\nexpected {wanted:?}",
+                expect.action
+            ));
+        }
+        if let Some(packet) = &expect.packet {
+            let bytes = interpret::canonical(bytes);
+            if bytes != *packet {
+                return Err(format!("packet   {}\nexpected {}", hex(&bytes), hex(packet)));
+            }
+        }
+        let found = timeless(entries);
+        let wanted = timeless(&expect.entries);
+        if found != wanted {
+            return Err(format!("entries  {found:#?}\nexpected {wanted:#?}"));
+        }
+        Ok(())
+    }
+}
+
+/// Entries without points in time, in an order of their own.
+fn timeless(entries: &[Entry]) -> Vec<Entry> {
+    let mut entries: Vec<_> = entries.iter().map(Entry::timeless).collect();
+    entries.sort_by(|a, b| (a.map, &a.key).cmp(&(b.map, &b.key)));
+    entries
+}
+
+/// Bytes in hexadecimal.
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}

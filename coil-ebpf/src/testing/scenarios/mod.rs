@@ -1,0 +1,21 @@
+//! The scenario table: one file per program, each for both families.
+
+mod from_pod;
+mod gateway;
+mod to_pod;
+mod world;
+
+use super::scenario::Scenario;
+use world::World;
+
+/// All scenarios.
+#[must_use]
+pub fn scenarios() -> Vec<Scenario> {
+    let mut out = Vec::new();
+    for world in [World::v4(), World::v6()] {
+        out.extend(from_pod::rows(&world));
+        out.extend(to_pod::rows(&world));
+        out.extend(gateway::rows(&world));
+    }
+    out
+}
