@@ -1,6 +1,9 @@
 //! Carries verdicts out on bytes in memory, as the programs do on packets in the kernel.
 
-use coil_common::{config::Config, stats::DropReason};
+use coil_common::{
+    config::Config,
+    stats::{DropReason, GatewayStat},
+};
 
 use super::{
     Action, Hook,
@@ -32,9 +35,23 @@ pub fn run(hook: Hook, ifindex: u32, packet: &Memory, config: &Config, tables: &
     match result {
         Ok(action) => (action, packet.bytes),
         Err(reason) => {
-            tables.count_drop(reason, dropped(&packet));
+            let counter = dropped(&packet);
+            tables.count_drop(reason, counter);
+            if let Some(stat) = invalid(reason, &packet) {
+                tables.count_invalid(stat, counter);
+            }
             (Action::Drop, packet.bytes)
         }
+    }
+}
+
+/// What a gateway counts besides for a drop.
+#[must_use]
+pub fn invalid(reason: DropReason, packet: &Memory) -> Option<GatewayStat> {
+    match (reason, packet.bytes.get(12)) {
+        (DropReason::NoState, Some(8)) => Some(GatewayStat::InvalidV4),
+        (DropReason::NoState, _) => Some(GatewayStat::InvalidV6),
+        _ => None,
     }
 }
 

@@ -120,6 +120,11 @@ impl Tables {
         self.count(names::MAP_DROPS, reason.index(), counter.packets, counter.bytes);
     }
 
+    /// Counts a drop for want of state.
+    pub fn count_invalid(&self, stat: GatewayStat, counter: Counter) {
+        self.count(names::MAP_GATEWAY_STATS, stat.index(), counter.packets, counter.bytes);
+    }
+
     fn fixed<V: bytemuck::AnyBitPattern>(&self, map: &'static str, key: &impl Bytes) -> Option<V> {
         self.fixed.get(&(map, Key::of(key))).map(Value::read)
     }

@@ -140,6 +140,9 @@ impl Scenario {
             let packets = u64::from(self.packet.gso_segments.max(1));
             let counter = Counter { packets, bytes: length.saturating_sub(14) };
             wanted.insert((names::MAP_DROPS, reason.index()), counter);
+            if let Some(stat) = interpret::invalid(reason, &self.packet) {
+                wanted.insert((names::MAP_GATEWAY_STATS, stat.index()), counter);
+            }
         }
         if action != expect.action || *counters != wanted {
             return Err(format!(

@@ -77,6 +77,11 @@ fn passes(w: &World) -> Vec<Scenario> {
         for kind in 133..=137 {
             let packet = w.out().ttl(255).icmp(kind, 0, [0; 4], &[1; 24]);
             rows.push(row(w, &format!("neighbour discovery {kind}"), &packet).passes());
+            let packet = w.out().ttl(254).icmp(kind, 0, [0; 4], &[1; 24]);
+            rows.push(
+                row(w, &format!("neighbour discovery {kind} from afar"), &packet)
+                    .drops(DropReason::UnsupportedIcmp),
+            );
         }
     }
     rows
