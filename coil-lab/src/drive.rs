@@ -251,7 +251,7 @@ mod tests {
     fn series_are_added_up_by_label() {
         let text = "# TYPE a counter\na{x=\"1\",y=\"2\"} 3\na{x=\"1\",y=\"3\"} 4\na{x=\"2\"} 5\na_b{x=\"1\"} 9\nc 7\n";
         assert_eq!(sum(text, "a", &[("x", "1")]), 7.0);
-        assert_eq!(sum(text, "a", &[]), 0.0);
+        assert_eq!(sum(text, "a", &[]), 12.0);
         assert_eq!(sum(text, "c", &[]), 7.0);
     }
 

@@ -24,7 +24,7 @@ pub(super) fn pass(cluster: &Cluster) -> ApiResult<Option<Duration>> {
         }
     }
     for (kind, object) in &objects {
-        let Some(resource) = cluster.resource(&kind.group, &kind.resource).ok() else {
+        let Ok(resource) = cluster.resource(&kind.group, &kind.resource) else {
             continue;
         };
         collect(cluster, &resource, object, &by_uid)?;
@@ -136,7 +136,7 @@ fn finish(
     if has_finalizer(object, ORPHAN) {
         let uid = HashSet::from([obj::uid(object).to_owned()]);
         for (kind, dependent) in dependents {
-            if let Some(resource) = cluster.resource(&kind.group, &kind.resource).ok() {
+            if let Ok(resource) = cluster.resource(&kind.group, &kind.resource) {
                 drop_references(cluster, &resource, dependent, &uid)?;
             }
         }
