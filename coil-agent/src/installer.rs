@@ -6,8 +6,9 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::{Context, ensure};
+use anyhow::{Context, bail, ensure};
 use clap::{ArgAction, Parser};
+use serde_json::{Value, json};
 
 /// The kubelet looks at the folder of configurations every five seconds.
 const SETTLE: Duration = Duration::from_secs(6);
@@ -33,6 +34,13 @@ pub struct InstallerArgs {
     /// File that holds the configuration, if it is not given itself.
     #[arg(long, env = "CNI_NETCONF_FILE")]
     pub cni_netconf_file: Option<PathBuf>,
+    /// If no configuration is given, take the first one of another CNI plugin and chain coil into it.
+    #[arg(long, env = "CNI_CHAIN", default_value_t = false, action = ArgAction::Set,
+          num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    pub chain: bool,
+    /// Socket of coild in a chained configuration.
+    #[arg(long, env = "COIL_SOCKET", default_value = "/run/coild.sock")]
+    pub socket: String,
     /// Remove the configurations of others too: every file with `conflist` in its name.
     #[arg(long, env = "CNI_REMOVE_OTHERS", default_value_t = false, action = ArgAction::Set,
           num_args = 0..=1, require_equals = true, default_missing_value = "true")]
@@ -62,6 +70,8 @@ fn install(args: &InstallerArgs) -> anyhow::Result<()> {
         coil_path,
         cni_netconf,
         cni_netconf_file,
+        chain,
+        socket,
         remove_others,
         settle_seconds: _,
         coil_boot_taint: _,
@@ -70,15 +80,13 @@ fn install(args: &InstallerArgs) -> anyhow::Result<()> {
         Path::new(cni_conf_name).file_name() == Some(cni_conf_name.as_ref()),
         "CNI_CONF_NAME {cni_conf_name:?} is not the name of a file"
     );
-    let config = match (cni_netconf.as_str(), cni_netconf_file) {
-        ("", Some(path)) => {
-            fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?
-        }
-        (text, _) => text.to_owned(),
+    let config = match cni_netconf_file {
+        _ if !cni_netconf.trim().is_empty() => cni_netconf.clone(),
+        Some(path) => fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?,
+        None if *chain => chained(cni_etc_dir, cni_conf_name, socket)?,
+        None => bail!("there is no configuration: set CNI_NETCONF, CNI_NETCONF_FILE or CNI_CHAIN"),
     };
-    ensure!(!config.trim().is_empty(), "there is no configuration: set CNI_NETCONF or CNI_NETCONF_FILE");
-    serde_json::from_str::<serde_json::Value>(&config)
-        .context("the configuration in CNI_NETCONF is not JSON")?;
+    serde_json::from_str::<Value>(&config).context("the configuration is not JSON")?;
     for folder in [cni_bin_dir, cni_etc_dir] {
         fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))?;
     }
@@ -97,6 +105,49 @@ fn install(args: &InstallerArgs) -> anyhow::Result<()> {
         remove_conflists(cni_etc_dir, cni_conf_name)?;
     }
     Ok(())
+}
+
+/// The first configuration of others with coil behind the plugin that makes the interface. Chaining is
+/// done by copy: what others change later is seen when the installer runs again.
+fn chained(folder: &Path, ours: &str, socket: &str) -> anyhow::Result<String> {
+    let list = || format!("cannot list {}", folder.display());
+    let mut names = Vec::new();
+    for entry in fs::read_dir(folder).with_context(list)? {
+        let name = entry.with_context(list)?.file_name().to_string_lossy().into_owned();
+        if name != ours && (name.ends_with(".conflist") || name.ends_with(".conf")) {
+            names.push(name);
+        }
+    }
+    names.sort();
+    let Some(name) = names.first() else {
+        bail!("there is no configuration of another CNI plugin in {} yet", folder.display());
+    };
+    let path = folder.join(name);
+    let text = fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
+    let config =
+        chain_into(&text, socket).with_context(|| format!("cannot chain into {}", path.display()))?;
+    println!("chaining into {}", path.display());
+    Ok(config)
+}
+
+fn chain_into(text: &str, socket: &str) -> anyhow::Result<String> {
+    let mut config: Value = serde_json::from_str(text).context("it is not JSON")?;
+    if config.get("plugins").is_none() {
+        // A configuration of one plugin: a list is made of it.
+        let plugin = config;
+        config = json!({
+            "cniVersion": plugin.get("cniVersion"),
+            "name": plugin.get("name"),
+            "plugins": [plugin],
+        });
+    }
+    let plugins = config.get_mut("plugins").and_then(Value::as_array_mut).context("it has no plugins")?;
+    ensure!(!plugins.is_empty(), "it has no plugins");
+    let coil = json!({"type": "coil", "socket": socket});
+    plugins.retain(|plugin| plugin.get("type").and_then(Value::as_str) != Some("coil"));
+    // Before port mappings and the like: they are of no use to a pod whose policy does not hold.
+    plugins.insert(1.min(plugins.len()), coil);
+    Ok(serde_json::to_string_pretty(&config)?)
 }
 
 /// Writes a file beside its place and moves it there.
@@ -198,6 +249,28 @@ mod tests {
         let folder = Folder::new("remove");
         install(&folder.args(&[r#"--cni-netconf={"name":"x"}"#, "--remove-others"])).unwrap();
         assert_eq!(folder.names("etc"), ["06-other.conf", "10-coil.conflist"]);
+    }
+
+    #[test]
+    fn chains_behind_the_first_plugin_of_others() {
+        let folder = Folder::new("chain");
+        let other =
+            r#"{"cniVersion": "0.3.1", "name": "n", "plugins": [{"type": "ptp"}, {"type": "portmap"}]}"#;
+        fs::write(folder.0.join("etc/05-other.conflist"), other).unwrap();
+        // The second time our own list is there too, and is not what we chain into.
+        for _ in 0..2 {
+            install(&folder.args(&["--chain", "--cni-conf-name=01-coil.conflist"])).unwrap();
+            let text = fs::read_to_string(folder.0.join("etc/01-coil.conflist")).unwrap();
+            let config: Value = serde_json::from_str(&text).unwrap();
+            let types: Vec<_> =
+                config["plugins"].as_array().unwrap().iter().map(|plugin| plugin["type"].clone()).collect();
+            assert_eq!(types, ["ptp", "coil", "portmap"]);
+            assert_eq!((&config["cniVersion"], &config["name"]), (&json!("0.3.1"), &json!("n")));
+        }
+        let single = chain_into(r#"{"cniVersion": "1.0.0", "name": "n", "type": "bridge"}"#, "/s").unwrap();
+        let single: Value = serde_json::from_str(&single).unwrap();
+        assert_eq!(single["plugins"][1], json!({"type": "coil", "socket": "/s"}));
+        assert!(chain_into(r#"{"plugins": []}"#, "/s").is_err());
     }
 
     #[test]
