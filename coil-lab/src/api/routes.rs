@@ -411,6 +411,9 @@ impl Call<'_> {
                 let finalized = self.server.finalize_namespace(name, &object)?;
                 Ok(self.show(StatusCode::OK, &finalized, &[]))
             }
+            ("Pod", "exec" | "attach" | "portforward", _) => Err(ApiError::bad_request(format!(
+                "the lab's API does not serve {sub}; run `cargo xtask lab exec pod/{namespace}/{name} -- COMMAND` instead"
+            ))),
             ("Pod", "log" | "binding" | "eviction", _)
             | ("ServiceAccount", "token", _)
             | ("Namespace", "finalize", _) => Err(ApiError::method_not_allowed()),

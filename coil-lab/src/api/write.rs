@@ -114,13 +114,13 @@ impl ApiServer {
         }
         meta::stamp_new(resource, &mut object);
         defaults::apply(resource, &mut object, None);
-        if resource.plural == "services" && resource.group.is_empty() {
-            self.service_ips.assign(&mut object, None, self.config.prefer_v6)?;
-        }
         if resource.plural == "customresourcedefinitions" {
             crd::prepare(self, &mut object);
         }
         validate(resource, &object, None)?;
+        if resource.plural == "services" && resource.group.is_empty() {
+            self.service_ips.assign(&mut object, None, self.config.prefer_v6)?;
+        }
         managed::record_update(resource, None, &mut object, options);
         Ok(object)
     }
@@ -298,14 +298,14 @@ impl ApiServer {
         }
         if options.part != Part::Status {
             defaults::apply(resource, &mut object, Some(old));
-            if resource.plural == "services" && resource.group.is_empty() {
-                self.service_ips.assign(&mut object, Some(old), self.config.prefer_v6)?;
-            }
         }
         if resource.plural == "customresourcedefinitions" {
             crd::prepare(self, &mut object);
         }
         validate(resource, &object, Some(old))?;
+        if options.part != Part::Status && resource.plural == "services" && resource.group.is_empty() {
+            self.service_ips.assign(&mut object, Some(old), self.config.prefer_v6)?;
+        }
         meta::bump_generation(resource, &mut object, old);
         managed::record_update(resource, Some(old), &mut object, options);
         Ok(object)
@@ -339,11 +339,9 @@ impl ApiServer {
             }
             Err(_) => return Err(None),
         };
-        if gone {
-            if let Ok(last) = self.store.remove(&resource.storage, &key, Some(obj::version(&stored))) {
-                self.after_removal(resource, &last);
-                return Ok(last);
-            }
+        if gone && let Ok(last) = self.store.remove(&resource.storage, &key, Some(obj::version(&stored))) {
+            self.after_removal(resource, &last);
+            return Ok(last);
         }
         self.after_write(resource, &stored);
         Ok(stored)

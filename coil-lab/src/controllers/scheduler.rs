@@ -352,7 +352,7 @@ mod tests {
         let nodes = [node("n1"), node("n2")];
         let first = pod("a", "n1", json!({}));
         let next = pod("b", "", json!({}));
-        assert_eq!(place(&next, &nodes, &[first.clone()]).unwrap(), "n2");
+        assert_eq!(place(&next, &nodes, std::slice::from_ref(&first)).unwrap(), "n2");
         let strict = json!({"affinity": {"podAntiAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": [{
             "topologyKey": "kubernetes.io/hostname", "labelSelector": {"matchLabels": {"app": "a"}},
         }]}}});

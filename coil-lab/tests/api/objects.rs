@@ -4,6 +4,12 @@ use k8s_openapi::api::core::v1::{ConfigMap, Event, Namespace, Pod, Service};
 use kube::api::{Api, DeleteParams, ListParams, Patch, PatchParams, PostParams, Preconditions};
 use serde_json::json;
 
+use std::io::Write;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use futures::AsyncReadExt;
+
 use crate::support::{Server, eventually, status_of};
 
 fn config_map(value: serde_json::Value) -> ConfigMap {
@@ -172,4 +178,40 @@ async fn events_are_one_storage_with_two_views() {
     let list = core.list(&fields).await.unwrap();
     assert_eq!(list.items.len(), 1);
     assert_eq!(list.items[0].message.as_deref(), Some("text"));
+}
+
+struct Logs(PathBuf);
+
+impl coil_lab::api::PodLogs for Logs {
+    fn log_file(&self, _: &str, _: &str, _: &str, _: Option<&str>, previous: bool) -> Option<PathBuf> {
+        (!previous).then(|| self.0.clone())
+    }
+}
+
+#[tokio::test]
+async fn logs_come_from_files_and_are_followed() {
+    let server = Server::start().await;
+    let path = std::env::temp_dir().join(format!("coil-lab-log-{}", server.address.port()));
+    let mut file = std::fs::File::create(&path).unwrap();
+    file.write_all(b"one\ntwo\nthree\n").unwrap();
+    server.api.set_pod_logs(Arc::new(Logs(path.clone())));
+    let pods: Api<Pod> = Api::default_namespaced(server.client.clone());
+    let pod = json!({"metadata": {"name": "p"}, "spec": {"nodeName": "n", "containers": [{"name": "c", "image": "i"}]}});
+    pods.create(&PostParams::default(), &serde_json::from_value(pod).unwrap()).await.unwrap();
+    let tail = kube::api::LogParams { tail_lines: Some(2), ..Default::default() };
+    assert_eq!(pods.logs("p", &tail).await.unwrap(), "two\nthree\n");
+    let other = kube::api::LogParams { container: Some("x".into()), ..Default::default() };
+    assert_eq!(status_of(pods.logs("p", &other).await).0, 400);
+    let follow = kube::api::LogParams { follow: true, tail_lines: Some(1), ..Default::default() };
+    let mut stream = Box::pin(pods.log_stream("p", &follow).await.unwrap());
+    let mut text = vec![0; 6];
+    stream.read_exact(&mut text).await.unwrap();
+    file.write_all(b"four\n").unwrap();
+    let mut more = vec![0; 5];
+    stream.read_exact(&mut more).await.unwrap();
+    assert_eq!((text.as_slice(), more.as_slice()), (&b"three\n"[..], &b"four\n"[..]));
+    pods.delete("p", &DeleteParams::default().grace_period(0)).await.unwrap();
+    let mut rest = Vec::new();
+    stream.read_to_end(&mut rest).await.unwrap();
+    std::fs::remove_file(path).unwrap();
 }

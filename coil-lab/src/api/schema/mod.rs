@@ -87,6 +87,8 @@ pub struct Schema {
     pub bounds: Bounds,
     /// `x-kubernetes-int-or-string`.
     pub int_or_string: bool,
+    /// A quantity of a built-in kind: numbers are read as texts.
+    pub quantity: bool,
     /// `x-kubernetes-preserve-unknown-fields`.
     pub preserve_unknown: bool,
     /// `x-kubernetes-embedded-resource`.
@@ -199,6 +201,7 @@ impl Schema {
         if let Some(reference) = raw.get("$ref").and_then(Value::as_str) {
             let name = reference.rsplit('/').next().unwrap_or_default().to_owned();
             let mut schema = (*definitions.resolve(&name)).clone();
+            schema.quantity = name.ends_with(".resource.Quantity");
             if let Some(default) = raw.get("default") {
                 schema.default = Some(default.clone());
             }
