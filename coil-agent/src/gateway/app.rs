@@ -18,10 +18,9 @@ use tokio::sync::mpsc;
 
 use super::args::Args;
 use super::clients::{ClientIndex, Input};
-use super::collect::Collector;
+use super::collect::NatCollector;
 use super::datapath::{ClientMaps, GatewayDatapath, GatewayOptions};
 use super::metrics::{GatewayCollector, Labels, Shared};
-use super::nat::{NatMaps, V4, V6};
 use super::{INTERFACE, ports, watch};
 use crate::datapath::{DatapathError, MapAccessError, seconds_since_boot};
 use crate::netlink::{Netlink, RtNetlink};
@@ -91,11 +90,10 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
     let datapath = tokio::task::spawn_blocking(move || GatewayDatapath::open(&options))
         .await?
         .context("cannot open the datapath")?;
-    let GatewayDatapath { clients, nat_v4, nat_v6, folder, loaded: _loaded } = datapath;
+    let GatewayDatapath { clients, collector: nat, folder, loaded: _loaded } = datapath;
     let shared = Shared::default();
     let labels = Labels { namespace: pod_namespace.clone(), egress: egress_name.clone(), pod: pod_name };
-    let capacity = nat_v4.capacity() + nat_v6.capacity();
-    let collector = GatewayCollector::open(&folder, labels, shared.clone(), capacity)?;
+    let collector = GatewayCollector::open(&folder, labels, shared.clone(), nat.capacity())?;
     registry.register(Box::new(collector))?;
 
     let mut tasks = Tasks::new()?;
@@ -114,7 +112,7 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
     tasks.spawn("Egress watch", |drain| {
         until(drain, watch::egress(client.clone(), pod_namespace, egress_name, sender))
     });
-    tasks.spawn("collector", |drain| until(drain, collect(nat_v4, nat_v6, shared)));
+    tasks.spawn("collector", |drain| until(drain, collect(nat, shared)));
     tasks.run(DRAIN).await?;
     tracing::info!("ended; packets are forwarded as long as this pod has its network");
     Ok(())
@@ -184,41 +182,31 @@ impl ClientKeeper {
 }
 
 /// Collects expired translations, a slice at a time.
-async fn collect(v4: NatMaps<V4>, v6: NatMaps<V6>, shared: Shared) -> Result<(), DatapathError> {
-    let (capacity_v4, capacity_v6) = (v4.capacity(), v6.capacity());
-    let mut collectors = Some((Collector::new(v4, capacity_v4), Collector::new(v6, capacity_v6)));
+async fn collect(collector: NatCollector, shared: Shared) -> Result<(), DatapathError> {
+    let mut collector = Some(collector);
     let mut interval = tokio::time::interval(COLLECT);
     interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let mut walk = Duration::ZERO;
-    let mut second = false;
     loop {
         interval.tick().await;
-        let Some((mut v4, mut v6)) = collectors.take() else { return Ok(()) };
+        let Some(mut taken) = collector.take() else { return Ok(()) };
         let slice = tokio::task::spawn_blocking(move || {
             let start = Instant::now();
-            let finished = seconds_since_boot()
-                .and_then(|now| Ok(if second { v6.sweep(now, SLICE)? } else { v4.sweep(now, SLICE)? }));
-            (v4, v6, finished, start.elapsed())
+            let finished = seconds_since_boot().and_then(|now| Ok(taken.sweep(now, SLICE)?));
+            (taken, finished, start.elapsed())
         });
-        let Ok((v4, v6, finished, elapsed)) = slice.await else {
-            // The runtime is shutting down.
-            return Ok(());
-        };
+        // Fails only while the runtime shuts down.
+        let Ok((taken, finished, elapsed)) = slice.await else { return Ok(()) };
         walk += elapsed;
         match finished {
-            Ok(true) => {
-                if second {
-                    shared.set_walk(std::mem::take(&mut walk));
-                }
-                second = !second;
-            }
+            Ok(true) => shared.set_walk(std::mem::take(&mut walk)),
             Ok(false) => {}
             Err(error) => {
                 let error = &error as &dyn std::error::Error;
                 tracing::warn!(error, "cannot look for expired translations");
             }
         }
-        shared.set_totals([v4.totals(), v6.totals()]);
-        collectors = Some((v4, v6));
+        shared.set_totals(taken.totals());
+        collector = Some(taken);
     }
 }

@@ -7,9 +7,10 @@
 
 use std::marker::PhantomData;
 
-use super::nat::{Facts, Half, NatFamily, NatStore};
-use crate::datapath::internal::Cursor;
+use super::nat::{Facts, Half, NatFamily, NatMaps, NatStore, V4, V6};
+use crate::datapath::internal::{Cursor, Loaded};
 use crate::datapath::timeouts::{TCP_OPENING, TCP_OPENING_PRESSED, TCP_RESET, expired, timeout};
+use crate::datapath::{LoadError, MapAccessError};
 
 const TCP: u32 = libc::IPPROTO_TCP.cast_unsigned();
 
@@ -184,6 +185,50 @@ impl<F: NatFamily, S: NatStore<F>> Collector<F, S> {
         self.totals.sent_bytes += facts(forward).bytes;
         self.totals.received_bytes += facts(reverse).bytes;
         self.overdue = self.overdue.max(late);
+    }
+}
+
+/// The collectors of both families, in turn.
+pub struct NatCollector {
+    v4: Collector<V4, NatMaps<V4>>,
+    v6: Collector<V6, NatMaps<V6>>,
+    second: bool,
+    capacity: usize,
+}
+
+impl NatCollector {
+    /// Takes the tables.
+    pub(crate) fn new(loaded: &mut Loaded) -> Result<Self, LoadError> {
+        let (v4, v6) = (NatMaps::new(loaded)?, NatMaps::new(loaded)?);
+        let (capacity_v4, capacity_v6) = (v4.capacity(), v6.capacity());
+        Ok(Self {
+            v4: Collector::new(v4, capacity_v4),
+            v6: Collector::new(v6, capacity_v6),
+            second: false,
+            capacity: capacity_v4 + capacity_v6,
+        })
+    }
+
+    /// Translations of both families that fit.
+    pub(crate) fn capacity(&self) -> usize {
+        self.capacity
+    }
+
+    /// What has been done, by family.
+    pub(crate) fn totals(&self) -> [Totals; 2] {
+        [self.v4.totals(), self.v6.totals()]
+    }
+
+    /// Looks at about `budget` entries at `now` seconds since boot, and removes those that have expired;
+    /// true at the end of a walk through both families.
+    pub fn sweep(&mut self, now: u32, budget: usize) -> Result<bool, MapAccessError> {
+        if !self.second {
+            self.second = self.v4.sweep(now, budget)?;
+            return Ok(false);
+        }
+        let finished = self.v6.sweep(now, budget)?;
+        self.second = !finished;
+        Ok(finished)
     }
 }
 

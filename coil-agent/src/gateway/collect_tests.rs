@@ -3,7 +3,6 @@
 use coil_common::keys::FlowKey4;
 use coil_common::values::{NatValue4, STATE_CONFIRMED, STATE_FIN, STATE_REPLY, STATE_REPLY_FIN, STATE_SYN};
 
-use super::super::nat::V4;
 use super::super::nat::fake::FakeNat;
 use super::*;
 use crate::datapath::timeouts::{TCP_CLOSED, TCP_ESTABLISHED, TCP_OPENING, TCP_OPENING_PRESSED, UDP_DNS};

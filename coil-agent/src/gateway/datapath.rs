@@ -13,7 +13,7 @@ use coil_common::values::ClientValue;
 
 use super::args::PodAddresses;
 use super::clients::difference;
-use super::nat::{NatMaps, V4, V6};
+use super::collect::NatCollector;
 use super::ports::NatPorts;
 use crate::datapath::internal::{
     Attachable, Hook, IfUnmounted, Loaded, PinFolder, absent_is_fine, boot_seed, load,
@@ -47,8 +47,8 @@ pub struct GatewayOptions {
 pub struct GatewayDatapath {
     /// The allow-list.
     pub clients: ClientMaps,
-    pub(crate) nat_v4: NatMaps<V4>,
-    pub(crate) nat_v6: NatMaps<V6>,
+    /// The collector of expired translations.
+    pub collector: NatCollector,
     /// Where the maps are pinned.
     pub(crate) folder: PathBuf,
     /// Keeps the program loaded.
@@ -99,8 +99,7 @@ impl GatewayDatapath {
         tracing::info!(pins = %folder.display(), adopted = !fresh, "gateway program attached");
         Ok(Self {
             clients: ClientMaps::new(&mut loaded)?,
-            nat_v4: NatMaps::new(&mut loaded)?,
-            nat_v6: NatMaps::new(&mut loaded)?,
+            collector: NatCollector::new(&mut loaded)?,
             folder,
             loaded,
         })

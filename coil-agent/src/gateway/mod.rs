@@ -6,7 +6,7 @@
 pub mod app;
 pub mod args;
 mod clients;
-mod collect;
+pub mod collect;
 pub mod datapath;
 mod metrics;
 mod nat;

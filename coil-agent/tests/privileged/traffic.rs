@@ -8,12 +8,17 @@ use std::os::fd::OwnedFd;
 use std::time::Duration;
 
 use coil_agent::datapath::{AttachMode, Datapath};
-use coil_common::names::{MAP_EGRESS_STATS, MAP_FLOWS_V4, MAP_FLOWS_V6, MAP_GATEWAY_STATS};
+use coil_agent::gateway::ports::NatPorts;
+use coil_common::keys::{FlowKey4, FlowKey6};
+use coil_common::names::{
+    MAP_EGRESS_STATS, MAP_FLOWS_V4, MAP_FLOWS_V6, MAP_GATEWAY_STATS, MAP_NAT_FORWARD_V4, MAP_NAT_REVERSE_V4,
+};
 use coil_common::stats::{Direction, DropReason, GatewayStat, egress_stat};
+use coil_common::values::{FlowValue, NatValue4};
 use nix::sys::socket::{AddressFamily, SockFlag, SockProtocol, SockType, socket};
 
 use crate::support::topology::{Topology, egress_name};
-use crate::support::{DEADLINE, maps};
+use crate::support::{DEADLINE, maps, wait_for};
 
 /// Bytes of a transfer, the same at both ends.
 pub(crate) fn pattern(length: usize) -> Vec<u8> {
@@ -138,35 +143,26 @@ fn ping(topology: &Topology, v6: bool) -> bool {
     })
 }
 
-fn everything_works(mode: Option<AttachMode>) {
-    let topology = Topology::new();
+fn everything_works(topology: &Topology, mode: Option<AttachMode>) {
     let node = topology.open_node(mode);
     let node = topology.apply(node, &topology.state());
     let _gateway = topology.open_gateway();
     for v6 in [false, true] {
         let gateway = topology.gateway.address(v6);
-        assert!(ping(&topology, v6), "no echo reply; v6: {v6}\n{}", dump(&topology));
-        let peer = udp_peer(&topology, v6, 1200);
-        assert_eq!(peer.map(|peer| peer.ip()), Some(gateway), "{}", dump(&topology));
-        let (address, server) = echo_server(&topology, v6);
+        assert!(ping(topology, v6), "no echo reply; v6: {v6}\n{}", dump(topology));
+        let peer = udp_peer(topology, v6, 1200);
+        assert_eq!(peer.map(|peer| peer.ip()), Some(gateway), "{}", dump(topology));
+        let (address, server) = echo_server(topology, v6);
         let sent = pattern(8 << 20);
-        let back = send_tcp(&topology, address, sent.clone());
+        let back = send_tcp(topology, address, sent.clone());
         let (peer, arrived) = server.join().unwrap();
         assert_eq!(peer.ip(), gateway);
         assert!(arrived == sent && back == sent, "bytes were changed on their way");
         let map = if v6 { MAP_FLOWS_V6 } else { MAP_FLOWS_V4 };
         let flows = if v6 {
-            maps::entries::<coil_common::keys::FlowKey6, coil_common::values::FlowValue>(
-                &topology.bpffs.node(),
-                map,
-            )
-            .len()
+            maps::entries::<FlowKey6, FlowValue>(&topology.bpffs.node(), map).len()
         } else {
-            maps::entries::<coil_common::keys::FlowKey4, coil_common::values::FlowValue>(
-                &topology.bpffs.node(),
-                map,
-            )
-            .len()
+            maps::entries::<FlowKey4, FlowValue>(&topology.bpffs.node(), map).len()
         };
         assert_eq!(flows, 3, "one flow each for ping, UDP and TCP");
         let stat = |direction| {
@@ -180,12 +176,12 @@ fn everything_works(mode: Option<AttachMode>) {
         let tx = at_gateway(GatewayStat::MasqueradedV4, GatewayStat::MasqueradedV6);
         let rx = at_gateway(GatewayStat::ReplyV4, GatewayStat::ReplyV6);
         // What the node has counted is what the gateway has counted: nothing is lost here.
-        assert_eq!((stat(Direction::Tx), stat(Direction::Rx)), (tx, rx), "{}", dump(&topology));
+        assert_eq!((stat(Direction::Tx), stat(Direction::Rx)), (tx, rx), "{}", dump(topology));
         assert!(tx.bytes > 8 << 20 && rx.bytes > 8 << 20);
     }
     assert_eq!(maps::all_drops(&topology.bpffs.node()), []);
     assert_eq!(maps::all_drops(&topology.gateway_pins()), []);
-    check_metrics(&topology, &node);
+    check_metrics(topology, &node);
 }
 
 /// What Prometheus is told is what the maps say.
@@ -199,7 +195,7 @@ fn check_metrics(topology: &Topology, node: &coil_agent::datapath::NodeDatapath)
         format!("coil_egress_tx_packets_total{labels} {}", tx.packets),
         format!("coil_egress_tx_bytes_total{labels} {}", tx.bytes),
         r#"coil_drops_total{reason="spoofed_source"} 0"#.to_owned(),
-        r#"coil_datapath_map_entries{map="pods"} 2"#.to_owned(),
+        r#"coil_datapath_map_entries{map="gateways"} 2"#.to_owned(),
         r#"coil_datapath_map_capacity{map="flows_v4"} 4096"#.to_owned(),
     ] {
         assert!(text.lines().any(|found| found == line), "{line}\n{text}");
@@ -217,13 +213,19 @@ pub(crate) fn dump(topology: &Topology) -> String {
 #[test]
 #[ignore = "privileged: needs root and the eBPF object"]
 fn traffic_goes_through_the_gateway_and_comes_back() {
-    everything_works(None);
+    everything_works(&Topology::new(), None);
 }
 
 #[test]
 #[ignore = "privileged: needs root and the eBPF object"]
 fn traffic_goes_through_the_gateway_with_clsact() {
-    everything_works(Some(AttachMode::Clsact));
+    everything_works(&Topology::new(), Some(AttachMode::Clsact));
+}
+
+#[test]
+#[ignore = "privileged: needs root and the eBPF object"]
+fn traffic_goes_through_a_gateway_on_another_node() {
+    everything_works(&Topology::across(), None);
 }
 
 #[test]
@@ -281,25 +283,133 @@ fn a_gateway_serves_registered_clients_only() {
 #[test]
 #[ignore = "privileged: needs root and the eBPF object"]
 fn bytes_are_exact_whatever_is_offloaded() {
-    let topology = Topology::new();
+    offloads(&Topology::new());
+}
+
+#[test]
+#[ignore = "privileged: needs root and the eBPF object"]
+fn bytes_are_exact_whatever_is_offloaded_across_nodes() {
+    offloads(&Topology::across());
+}
+
+fn offloads(topology: &Topology) {
     let node = topology.open_node(None);
     let _node = topology.apply(node, &topology.state());
     let _gateway = topology.open_gateway();
-    let sent = pattern(4 << 20);
+    let sent = pattern(2 << 20);
+    let mut hops = vec![
+        (&topology.client.net, "eth0"),
+        (&topology.node, "vclient"),
+        (&topology.gateway.net, "eth0"),
+        (topology.there(), "vgateway"),
+        (&topology.external.net, "eth0"),
+        (topology.there(), "vexternal"),
+    ];
+    if let Some(far) = &topology.far {
+        hops.extend([(&topology.node, "vfar"), (far, "vnear")]);
+    }
     for features in ["tso off gso off gro off", "tx off rx off", "tso on gso on gro on tx on rx on"] {
-        for v6 in [false, true] {
-            for host in [&topology.client, &topology.gateway, &topology.external] {
-                host.net.exec(&format!("ethtool -K eth0 {features}"));
-                topology.node.exec(&format!("ethtool -K {} {features}", host.at_node));
-                let (address, server) = echo_server(&topology, v6);
-                let back = send_tcp(&topology, address, sent.clone());
+        for (space, name) in &hops {
+            space.exec(&format!("ethtool -K {name} {features}"));
+            for v6 in [false, true] {
+                let (address, server) = echo_server(topology, v6);
+                let back = send_tcp(topology, address, sent.clone());
                 let (peer, arrived) = server.join().unwrap();
                 assert_eq!(peer.ip(), topology.gateway.address(v6));
-                assert!(arrived == sent && back == sent, "{features} at {}", host.at_node);
+                assert!(arrived == sent && back == sent, "{features} at {name}, v6: {v6}");
             }
         }
     }
     assert_eq!(maps::all_drops(&topology.gateway_pins()), []);
+}
+
+#[test]
+#[ignore = "privileged: needs root and the eBPF object"]
+fn both_ends_learn_what_fits_into_the_tunnel() {
+    let topology = Topology::new();
+    let node = topology.open_node(None);
+    let _node = topology.apply(node, &topology.state());
+    let _gateway = topology.open_gateway();
+    for v6 in [false, true] {
+        let (family, data, mtu) = if v6 { ("-6", 1452, "mtu 14") } else { ("-4", 1472, "mtu 1472") };
+        let external = topology.external.address(v6);
+        // The first is too large, and is answered by an ICMP error; the route then knows.
+        assert_eq!(udp_peer(&topology, v6, data), None);
+        wait_for("the client's path MTU", || {
+            let route = topology.client.net.ip(&format!("{family} route get {external}"));
+            route.contains(mtu).then_some(())
+        });
+        // What is small goes there, and what is large cannot come back.
+        let gateway = topology.gateway.address(v6);
+        let (sender, receiver) = std::sync::mpsc::channel();
+        let server = topology.external.net.spawn(move || {
+            let socket = UdpSocket::bind((external, 0)).unwrap();
+            sender.send(socket.local_addr().unwrap()).unwrap();
+            socket.set_read_timeout(Some(DEADLINE)).unwrap();
+            let (_, peer) = socket.recv_from(&mut [0; 10]).unwrap();
+            socket.send_to(&pattern(data), peer).unwrap();
+        });
+        let address = receiver.recv().unwrap();
+        topology.client.net.run(move || {
+            let any: IpAddr = if v6 { "::".parse().unwrap() } else { "0.0.0.0".parse().unwrap() };
+            UdpSocket::bind((any, 0)).unwrap().send_to(&[1], address).unwrap();
+        });
+        server.join().unwrap();
+        wait_for("the server's path MTU", || {
+            let route = topology.external.net.ip(&format!("{family} route get {gateway}"));
+            route.contains(mtu).then_some(())
+        });
+    }
+    assert_eq!(maps::drops(&topology.bpffs.node(), DropReason::TooBig), 2);
+    assert_eq!(maps::drops(&topology.gateway_pins(), DropReason::TooBig), 2);
+}
+
+#[test]
+#[ignore = "privileged: needs root and the eBPF object"]
+fn a_gateway_out_of_ports_keeps_what_it_has() {
+    let topology = Topology::new();
+    let node = topology.open_node(None);
+    let _node = topology.apply(node, &topology.state());
+    let mut options = topology.gateway_options();
+    options.ports = NatPorts { range: 2000..=2003, excluded: [2001, 0, 0, 0, 0] };
+    let mut gateway = topology.open_gateway_with(options);
+    let external = topology.external.address(false);
+    let (sender, receiver) = std::sync::mpsc::channel();
+    let server = topology.external.net.spawn(move || {
+        let socket = UdpSocket::bind((external, 0)).unwrap();
+        sender.send(socket.local_addr().unwrap()).unwrap();
+        socket.set_read_timeout(Some(DEADLINE)).unwrap();
+        let mut peers = std::collections::BTreeSet::new();
+        // Three fit; then the first again.
+        for _ in 0..4 {
+            let (_, peer) = socket.recv_from(&mut [0; 10]).unwrap();
+            peers.insert(peer.port());
+        }
+        peers
+    });
+    let address = receiver.recv().unwrap();
+    topology.client.net.run(move || {
+        let sockets: Vec<_> = (0..10).map(|_| UdpSocket::bind("0.0.0.0:0").unwrap()).collect();
+        for socket in &sockets {
+            socket.send_to(&[1], address).unwrap();
+        }
+        sockets[0].send_to(&[1], address).unwrap();
+    });
+    let ports: Vec<u16> = server.join().unwrap().into_iter().collect();
+    assert_eq!(ports, [2000, 2002, 2003], "no port twice, none that is excluded");
+    assert_eq!(maps::drops(&topology.gateway_pins(), DropReason::PortsExhausted), 7);
+    // Expired translations give their ports back.
+    let translations = || {
+        let count = |map| maps::entries::<FlowKey4, NatValue4>(&topology.gateway_pins(), map).len();
+        (count(MAP_NAT_FORWARD_V4), count(MAP_NAT_REVERSE_V4))
+    };
+    assert_eq!(translations(), (3, 3));
+    let now = coil_agent::datapath::seconds_since_boot().unwrap();
+    while !gateway.collector.sweep(now, 100).unwrap() {}
+    assert_eq!(translations(), (3, 3));
+    while !gateway.collector.sweep(now + 1000, 100).unwrap() {}
+    assert_eq!(translations(), (0, 0));
+    assert!(udp_peer(&topology, false, 100).is_some());
 }
 
 #[test]
@@ -315,11 +425,5 @@ fn idle_flows_are_swept() {
     assert_eq!((first.scanned, first.expired, first.finished), (1, 0, true));
     let later = node.sweep(now + 10_000, 10_000).unwrap();
     assert_eq!((later.expired, later.finished), (1, true));
-    assert!(
-        maps::entries::<coil_common::keys::FlowKey4, coil_common::values::FlowValue>(
-            &topology.bpffs.node(),
-            MAP_FLOWS_V4
-        )
-        .is_empty()
-    );
+    assert!(maps::entries::<FlowKey4, FlowValue>(&topology.bpffs.node(), MAP_FLOWS_V4).is_empty());
 }

@@ -6,6 +6,8 @@
 //!          external
 //! ```
 //!
+//! or, in the other form, gateway and world behind a second node that runs nothing of ours.
+//!
 //! The world knows routes to all pods, so that a packet that leaks is answered, and seen.
 
 #![expect(clippy::unwrap_used, reason = "tests")]
@@ -50,6 +52,8 @@ pub(crate) struct Topology {
     pub(crate) gateway: Host,
     pub(crate) external: Host,
     pub(crate) bpffs: BpfFs,
+    /// Where gateway and world are, if not at the client's node.
+    pub(crate) far: Option<NetNs>,
 }
 
 /// UID of the gateway's pod.
@@ -57,16 +61,43 @@ pub(crate) const GATEWAY_UID: &str = "gateway-uid";
 
 impl Topology {
     pub(crate) fn new() -> Self {
-        let node = NetNs::new("node");
-        for family in ["ipv4.conf.all", "ipv6.conf.all", "ipv6.conf.default"] {
-            node.sysctl(&format!("net.{family}.forwarding"), "1");
+        Self::build(router("node"), None)
+    }
+
+    /// With a second node between.
+    pub(crate) fn across() -> Self {
+        let (node, far) = (router("node"), router("far"));
+        node.ip(&format!("link add vfar type veth peer name vnear netns {}", far.name()));
+        for (space, name, own, other, v4, v6) in [
+            (&node, "vfar", 1, 2, ["10.2.0.0/24", "192.0.2.0/24"], ["fd00:2::/64", "2001:db8:3::/64"]),
+            (&far, "vnear", 2, 1, ["10.1.0.0/24", "10.1.0.0/24"], ["fd00:1::/64", "fd00:1::/64"]),
+        ] {
+            space.ip(&format!("address add 172.16.0.{own}/24 dev {name}"));
+            space.ip(&format!("address add fd00:f::{own}/64 dev {name} nodad"));
+            space.ip(&format!("link set {name} up"));
+            for net in v4 {
+                space.ip(&format!("route replace {net} via 172.16.0.{other}"));
+            }
+            for net in v6 {
+                space.ip(&format!("route replace {net} via fd00:f::{other}"));
+            }
         }
+        Self::build(node, Some(far))
+    }
+
+    fn build(node: NetNs, far: Option<NetNs>) -> Self {
+        let there = far.as_ref().unwrap_or(&node);
         let client = host(&node, "client", "vclient", [10, 1, 0], 0x1);
-        let gateway = host(&node, "gateway", "vgateway", [10, 2, 0], 0x2);
-        let external = host(&node, "external", "vexternal", [192, 0, 2], 0x3);
-        let topology = Self { node, client, gateway, external, bpffs: BpfFs::new() };
+        let gateway = host(there, "gateway", "vgateway", [10, 2, 0], 0x2);
+        let external = host(there, "external", "vexternal", [192, 0, 2], 0x3);
+        let topology = Self { client, gateway, external, bpffs: BpfFs::new(), node, far };
         topology.wait();
         topology
+    }
+
+    /// The node of gateway and world.
+    pub(crate) fn there(&self) -> &NetNs {
+        self.far.as_ref().unwrap_or(&self.node)
     }
 
     /// Waits until all hosts reach each other, which IPv6 takes its time for.
@@ -120,9 +151,8 @@ impl Topology {
         })
     }
 
-    /// Opens the gateway's datapath, with the client in its list.
-    pub(crate) fn open_gateway(&self) -> GatewayDatapath {
-        let options = GatewayOptions {
+    pub(crate) fn gateway_options(&self) -> GatewayOptions {
+        GatewayOptions {
             bpffs_root: self.bpffs.root().to_owned(),
             pin_name: GATEWAY_UID.into(),
             addresses: PodAddresses { v4: Some(self.gateway.ipv4), v6: Some(self.gateway.ipv6) },
@@ -132,7 +162,15 @@ impl Topology {
             ifindex: self.gateway.net.ifindex("eth0"),
             mtu: 1500,
             max_nat: 4096,
-        };
+        }
+    }
+
+    /// Opens the gateway's datapath, with the client in its list.
+    pub(crate) fn open_gateway(&self) -> GatewayDatapath {
+        self.open_gateway_with(self.gateway_options())
+    }
+
+    pub(crate) fn open_gateway_with(&self, options: GatewayOptions) -> GatewayDatapath {
         let clients = [self.client.address(false), self.client.address(true)];
         self.gateway
             .net
@@ -157,21 +195,18 @@ impl Topology {
         policy.v4.insert("0.0.0.0/0".parse().unwrap(), egress.clone());
         policy.v6.insert("fc00::/7".parse().unwrap(), PolicyAction::Direct);
         policy.v6.insert("::/0".parse().unwrap(), egress);
-        let pods = [
-            ("client-uid".to_owned(), self.pod(&self.client, false, Some(Arc::new(policy)))),
-            (GATEWAY_UID.to_owned(), self.pod(&self.gateway, true, None)),
-        ];
+        let client = self.pod(&self.client, false, Some(Arc::new(policy)));
+        let mut pods = BTreeMap::from([("client-uid".to_owned(), client)]);
+        if self.far.is_none() {
+            pods.insert(GATEWAY_UID.to_owned(), self.pod(&self.gateway, true, None));
+        }
         let egress = DesiredEgress {
             client_affinity: false,
             source_port_auto: true,
             v4: BTreeMap::from([(self.gateway.ipv4, GatewayState::Ready)]),
             v6: BTreeMap::from([(self.gateway.ipv6, GatewayState::Ready)]),
         };
-        DesiredState {
-            pods: pods.into(),
-            egresses: BTreeMap::from([(egress_name(), egress)]),
-            complete: true,
-        }
+        DesiredState { pods, egresses: BTreeMap::from([(egress_name(), egress)]), complete: true }
     }
 
     fn pod(&self, host: &Host, gateway: bool, policy: Option<Arc<Policy>>) -> DesiredPod {
@@ -190,6 +225,15 @@ impl Topology {
 
 pub(crate) fn egress_name() -> EgressName {
     EgressName { namespace: "internet".into(), name: "nat".into() }
+}
+
+/// A name space that forwards.
+fn router(name: &str) -> NetNs {
+    let node = NetNs::new(name);
+    for family in ["ipv4.conf.all", "ipv6.conf.all", "ipv6.conf.default"] {
+        node.sysctl(&format!("net.{family}.forwarding"), "1");
+    }
+    node
 }
 
 fn host(node: &NetNs, name: &str, at_node: &'static str, v4: [u8; 3], v6: u16) -> Host {
