@@ -4,6 +4,7 @@ use crate::netns::{Netns, NetnsError};
 use crate::paths;
 use crate::process::{self, ProcessId};
 use crate::state::{Phase, State, StateError};
+use crate::target::PodRecord;
 use nix::mount::{MntFlags, umount2};
 use std::io;
 use std::path::{Path, PathBuf};
@@ -58,6 +59,13 @@ pub fn down(progress: &impl Fn(&str)) -> Result<(), DownError> {
             None
         }
     };
+    // Killed processes that init has not reaped yet still show in `ps`.
+    let known: Vec<i32> = PodRecord::all()
+        .iter()
+        .flat_map(|pod| &pod.containers)
+        .filter_map(|container| i32::try_from(container.pid?).ok())
+        .chain(state.as_ref().and_then(|state| state.supervisor).map(|process| process.pid))
+        .collect();
     let mut first = Ok(());
     let mut keep = |result: Result<(), DownError>| {
         if first.is_ok() {
@@ -85,8 +93,12 @@ pub fn down(progress: &impl Fn(&str)) -> Result<(), DownError> {
         keep(namespace.remove().map_err(Into::into));
     }
     keep(remove_folder(&paths::pins()));
-    // What others have pinned meanwhile would be lost with the mount.
-    let others = std::fs::read_dir(paths::BPFFS).is_ok_and(|mut entries| entries.next().is_some());
+    // What others have pinned meanwhile would be lost with the mount. The kernel's own iterators are always there.
+    let others = std::fs::read_dir(paths::BPFFS).is_ok_and(|entries| {
+        entries
+            .flatten()
+            .any(|entry| !matches!(entry.file_name().to_str(), Some("maps.debug" | "progs.debug")))
+    });
     if mounted_bpffs && !others {
         progress("unmounting the BPF file system");
         keep(match umount2(Path::new(paths::BPFFS), MntFlags::empty()) {
@@ -95,6 +107,7 @@ pub fn down(progress: &impl Fn(&str)) -> Result<(), DownError> {
             Err(errno) => Err(DownError::Remove { path: paths::BPFFS.into(), source: errno.into() }),
         });
     }
+    process::await_zombies(&known);
     // The record goes last: after a failure above, another `down` still knows all.
     if first.is_ok() {
         first = remove_folder(Path::new(paths::ROOT));

@@ -129,6 +129,15 @@ fn await_reaping(ended: &HashSet<ProcessId>) {
     }
 }
 
+/// The same for processes of which only the pid is known: waits for those that have ended but are still listed.
+pub fn await_zombies(pids: &[i32]) {
+    let deadline = Instant::now() + Duration::from_secs(2);
+    let zombie = |pid: &i32| stat(*pid).is_some_and(|stat| stat.state == 'Z');
+    while pids.iter().any(zombie) && Instant::now() < deadline {
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
 fn ancestors() -> HashSet<i32> {
     let mut found = HashSet::new();
     let mut pid = i32::try_from(std::process::id()).unwrap_or(0);
