@@ -470,3 +470,53 @@ impl Family for V6 {
         csum::add(csum::add(addr[0], addr[1]), csum::add(addr[2], addr[3]))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn local_scope_of_ipv4() {
+        let local = |bytes| V4::is_local_scope(&addr4(bytes));
+        for bytes in [
+            [0, 0, 0, 0],
+            [127, 0, 0, 1],
+            [169, 254, 1, 1],
+            [224, 0, 0, 1],
+            [239, 255, 255, 255],
+            [240, 0, 0, 1],
+            [255, 255, 255, 255],
+        ] {
+            assert!(local(bytes), "{bytes:?}");
+        }
+        for bytes in [[1, 1, 1, 1], [10, 0, 0, 1], [126, 255, 255, 255], [169, 253, 0, 1], [223, 0, 0, 1]] {
+            assert!(!local(bytes), "{bytes:?}");
+        }
+    }
+
+    #[test]
+    fn local_scope_of_ipv6() {
+        let local = |text: &str| -> bool {
+            let addr: std::net::Ipv6Addr = text.parse().unwrap_or(std::net::Ipv6Addr::UNSPECIFIED);
+            V6::is_local_scope(&addr6(addr.octets()))
+        };
+        for text in ["::", "::1", "fe80::1", "febf::1", "ff02::1", "ff0e::1"] {
+            assert!(local(text), "{text}");
+        }
+        for text in ["::2", "fec0::1", "fd00::1", "2001:db8::1", "1::"] {
+            assert!(!local(text), "{text}");
+        }
+    }
+
+    #[test]
+    fn parts_of_a_key() {
+        let (src, dst) = ([1, 2, 3, 4], [5, 6, 7, 8]);
+        let key = V6::key(&src, &dst, [0, 80], [1, 187], 6);
+        assert_eq!(V6::key_src(&key), src);
+        assert_eq!(V6::key_dst(&key), dst);
+        assert_eq!(V6::key_ports(&key), ([0, 80], [1, 187]));
+        let shared: &FlowKey6 = bytemuck::cast_ref(&key);
+        assert_eq!(shared.src, bytes6(src));
+        assert_eq!((shared.src_port, shared.dst_port, shared.protocol), ([0, 80], [1, 187], 6));
+    }
+}

@@ -134,3 +134,37 @@ impl Hash {
 pub const AUTO_PORT_FIRST: u16 = 32768;
 /// Number of source ports of tunnelled packets that follow their flow.
 pub const AUTO_PORTS: u16 = 28232;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::family::V4;
+
+    fn flow(port: u16) -> Flow<V4> {
+        Flow::new(&0x0200_010a, &0x0202_00c0, port.to_be_bytes(), [1, 187], 6)
+    }
+
+    #[test]
+    fn reversed_twice_is_the_same() {
+        assert_eq!(flow(40000).reversed().reversed(), flow(40000));
+        assert_ne!(flow(40000).reversed(), flow(40000));
+    }
+
+    #[test]
+    fn hashes_spread_over_a_range() {
+        let mut slots = [0u32; 509];
+        for port in 0..u16::MAX {
+            slots[usize::from(flow(port).hash(1).below(509))] += 1;
+        }
+        // 65535 / 509 is 128; three quarters of that is five deviations away.
+        assert!(slots.iter().all(|count| (70..190).contains(count)));
+    }
+
+    #[test]
+    fn hashes_depend_on_everything() {
+        let hash = flow(1).hash(1);
+        assert_ne!(hash, flow(2).hash(1));
+        assert_ne!(hash, flow(1).hash(2));
+        assert_ne!(hash, flow(1).reversed().hash(1));
+    }
+}

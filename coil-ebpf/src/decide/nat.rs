@@ -157,3 +157,40 @@ pub(super) fn inbound<F: Family, T: NatTables<F>>(flow: &Flow<F>, now: u32, tabl
     }
     Some(entry)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::family::V4;
+
+    fn probes(range: (u16, u16)) -> Probes {
+        Probes::new(Flow::<V4>::new(&1, &2, [3, 4], [5, 6], 6).hash(7), range)
+    }
+
+    #[test]
+    fn probes_stay_in_their_range() {
+        for range in [(0, u16::MAX), (1024, 65535), (40000, 40001), (7, 7)] {
+            let mut probes = probes(range);
+            for _ in 0..1000 {
+                let port = probes.next();
+                assert!((range.0..=range.1).contains(&port), "{port} in {range:?}");
+                assert!(probes.contains(port));
+            }
+        }
+    }
+
+    #[test]
+    fn ranges_have_ends() {
+        let probes = probes((1024, 2047));
+        assert!(!probes.contains(1023) && probes.contains(1024));
+        assert!(probes.contains(2047) && !probes.contains(2048));
+        assert!(!probes.contains(0) && !probes.contains(u16::MAX));
+    }
+
+    #[test]
+    fn few_probes_hit_the_same_port() {
+        let mut probes = probes((1024, 65535));
+        let seen: std::collections::BTreeSet<_> = (0..PROBES).map(|_| probes.next()).collect();
+        assert!(seen.len() >= 15);
+    }
+}

@@ -190,7 +190,7 @@ impl Extensions {
     pub const fn unpack(packed: u64) -> Self {
         Self {
             protocol: (packed & 0xff) as u8,
-            length: (packed >> 8 & 0x1fff) as u16,
+            length: (packed >> 8 & 0x3fff) as u16,
             obstacle: match packed >> 32 {
                 0 => None,
                 1 => Some(DropReason::Fragment),
@@ -240,4 +240,26 @@ pub fn walk<P: Packet + ?Sized>(packet: &mut P, at: usize, next: u8, room: usize
         found.obstacle = Some(DropReason::ExtensionHeaders);
     }
     found
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn extensions_survive_packing() {
+        for obstacle in [
+            None,
+            Some(DropReason::Fragment),
+            Some(DropReason::Truncated),
+            Some(DropReason::Malformed),
+            Some(DropReason::ExtensionHeaders),
+        ] {
+            // The longest walk that there can be.
+            for length in [0, 8, (MAX_EXTENSIONS as u16) * 2048] {
+                let found = Extensions { protocol: 255, length, obstacle };
+                assert_eq!(Extensions::unpack(found.pack()), found);
+            }
+        }
+    }
 }

@@ -107,3 +107,16 @@ pub fn clamp<P: Packet>(packet: &mut P, l4: &L4, limit: u32) -> Result<Option<Ms
         delta: if found.at & 1 == 0 { delta } else { csum::odd(delta) },
     }))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn found_options_survive_packing() {
+        for found in [None, Some(MssOption { at: 22, value: 0 }), Some(MssOption { at: 58, value: u16::MAX })]
+        {
+            assert_eq!(MssOption::unpack(MssOption::pack(found)), found);
+        }
+    }
+}
