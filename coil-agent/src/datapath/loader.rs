@@ -132,14 +132,14 @@ pub enum LoadError {
 
 /// A loaded object.
 #[derive(Debug)]
-pub(crate) struct Loaded {
+pub struct Loaded {
     ebpf: Ebpf,
     sizes: Vec<(&'static str, u32)>,
 }
 
 /// Loads the programs and maps of `role`, with its maps pinned in `folder` or taken from there. `sizes`
 /// are capacities other than the object's; a map that is pinned keeps its own.
-pub(crate) fn load(
+pub fn load(
     role: Role,
     folder: &Path,
     config: &Config,
@@ -283,7 +283,7 @@ impl Loaded {
     }
 
     /// A handle of a loaded program.
-    pub(crate) fn program(&self, program: &'static str) -> Result<ProgramFd, LoadError> {
+    pub fn program(&self, program: &'static str) -> Result<ProgramFd, LoadError> {
         let refused = refused(program);
         let fd = self.classifier(program)?.fd().map_err(refused)?;
         fd.try_clone().map_err(|error| refused(ProgramError::IOError(error)))

@@ -42,7 +42,6 @@ use coil_common::names;
 use nix::time::{ClockId, clock_gettime};
 
 use self::attach::{Attachable, Hook, PodPrograms, link_alive};
-use self::loader::{Loaded, load};
 use self::maps::NodeMaps;
 use self::pins::{IfUnmounted, PinFolder};
 use self::stats::{FlowCounts, MapFill, NodeCollector};
@@ -52,7 +51,7 @@ use crate::desired::{DesiredState, PodUid};
 
 pub use self::attach::{AttachError, AttachMode};
 pub use self::encode::EncodeError;
-pub use self::loader::{LoadError, Role};
+pub use self::loader::{LoadError, Loaded, Role, load};
 pub use self::maps::MapAccessError;
 pub use self::pins::PinError;
 pub use self::sys::{SkBuff, TestRun, test_run};

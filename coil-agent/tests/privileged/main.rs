@@ -6,6 +6,7 @@ mod hostile;
 mod netlink;
 mod pins;
 mod restart;
+mod scenarios;
 mod support;
 mod traffic;
 mod verifier;

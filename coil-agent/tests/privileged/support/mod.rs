@@ -7,6 +7,7 @@
 pub(crate) mod maps;
 pub(crate) mod net;
 pub(crate) mod packets;
+pub(crate) mod raw;
 pub(crate) mod topology;
 
 use std::path::{Path, PathBuf};

@@ -1,0 +1,181 @@
+//! The scenario table of `coil-ebpf` through the loaded programs: they and the library must agree.
+
+#![expect(clippy::unwrap_used, reason = "tests")]
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use aya::programs::ProgramFd;
+use coil_agent::datapath::{Loaded, Role, SkBuff, load, seconds_since_boot, test_run};
+use coil_common::config::Config;
+use coil_common::names::{
+    GATEWAY_MAPS, MAP_DROPS, MAP_EGRESS_STATS, MAP_EGRESSES, MAP_GATEWAY_STATS, MAP_GATEWAYS, NODE_MAPS,
+};
+use coil_common::values::{Counter, FlowValue, NatValue4, NatValue6};
+use coil_ebpf::testing::entries::{Entry, Key, Value};
+use coil_ebpf::testing::scenario::IFINDEX;
+use coil_ebpf::testing::{Action, Hook, Kernel, Scenario, scenarios};
+
+use crate::support::BpfFs;
+use crate::support::net::NetNs;
+use crate::support::raw::RawMap;
+
+/// Seconds since boot that the table of scenarios is written for.
+const TABLE_NOW: u32 = 1000;
+
+/// The programs of a role under one configuration, and their maps.
+struct Machine {
+    loaded: Loaded,
+    maps: BTreeMap<&'static str, RawMap>,
+    _bpffs: BpfFs,
+}
+
+/// What scenarios must have in common to run on one machine.
+type Setting = (bool, Vec<u8>, Option<(&'static str, usize)>);
+
+fn setting(scenario: &Scenario) -> Setting {
+    let config = bytemuck::bytes_of(&scenario.config).to_vec();
+    (scenario.hook == Hook::Gateway, config, scenario.limit)
+}
+
+impl Machine {
+    fn new(hook: Hook, config: &Config, limit: Option<(&'static str, usize)>) -> Self {
+        let bpffs = BpfFs::new();
+        let folder: PathBuf = bpffs.root().join("maps");
+        std::fs::create_dir(&folder).unwrap();
+        let (role, names) = match hook {
+            Hook::Gateway => (Role::Gateway, GATEWAY_MAPS),
+            Hook::FromPod | Hook::ToPod => (Role::Node, NODE_MAPS),
+        };
+        let sizes: Vec<_> =
+            limit.iter().map(|(map, entries)| (*map, u32::try_from(*entries).unwrap())).collect();
+        let loaded = load(role, &folder, config, &sizes).unwrap();
+        let maps = names.iter().map(|name| (*name, RawMap::open(&folder, name))).collect();
+        Self { loaded, maps, _bpffs: bpffs }
+    }
+
+    /// Runs a scenario, and leaves the maps empty.
+    fn run(&self, net: &NetNs, scenario: &Scenario) -> Result<(), String> {
+        let now = seconds_since_boot().unwrap();
+        for entry in &scenario.entries {
+            let entry = at(entry, now);
+            self.maps[entry.map].set(&entry.key.0, &entry.value.0);
+        }
+        let program: ProgramFd = self.loaded.program(scenario.hook.program()).unwrap();
+        let context = SkBuff {
+            ifindex: IFINDEX,
+            gso_size: scenario.packet.gso_size,
+            gso_segs: scenario.packet.gso_segments,
+            ..SkBuff::default()
+        };
+        let packet = scenario.packet.bytes.clone();
+        let run = net.run(move || test_run(&program, &packet, context, 1));
+        let (counters, entries) = (self.counters(), self.entries());
+        self.clear(scenario);
+        let run = run.map_err(|error| format!("the kernel refuses to run it: {error}"))?;
+        let action = [Action::Pass, Action::Drop, Action::Back]
+            .into_iter()
+            .find(|action| action.code().cast_unsigned() == run.action)
+            .ok_or_else(|| format!("unknown action {}", run.action))?;
+        scenario.compare(action, &run.packet, &counters, &entries)
+    }
+
+    /// All counters that are not zero.
+    fn counters(&self) -> BTreeMap<(&'static str, u32), Counter> {
+        let mut counters = BTreeMap::new();
+        for name in [MAP_DROPS, MAP_EGRESS_STATS, MAP_GATEWAY_STATS] {
+            let Some(map) = self.maps.get(name) else { continue };
+            for key in map.keys() {
+                let index = u32::from_ne_bytes(key.as_slice().try_into().unwrap());
+                let values = map.get(&key).unwrap();
+                let sum = values.chunks(size_of::<Counter>()).map(bytemuck::pod_read_unaligned).fold(
+                    Counter::default(),
+                    |sum, value: Counter| Counter {
+                        packets: sum.packets + value.packets,
+                        bytes: sum.bytes + value.bytes,
+                    },
+                );
+                if sum != Counter::default() {
+                    counters.insert((name, index), sum);
+                }
+            }
+        }
+        counters
+    }
+
+    /// All entries of the tables of flows and translations.
+    fn entries(&self) -> Vec<Entry> {
+        let mut entries = Vec::new();
+        for (name, map) in &self.maps {
+            if name.starts_with("flows_") || name.starts_with("nat_") {
+                entries.extend(map.keys().into_iter().map(|key| {
+                    let value = Value(map.get(&key).unwrap());
+                    Entry { map: name, key: Key(key), value }
+                }));
+            }
+        }
+        entries
+    }
+
+    fn clear(&self, scenario: &Scenario) {
+        for ((name, index), _) in self.counters() {
+            self.maps[name].clear(&index.to_ne_bytes());
+        }
+        for (name, map) in &self.maps {
+            if [MAP_EGRESSES, MAP_GATEWAYS].contains(name) {
+                let used = scenario.entries.iter().filter(|entry| entry.map == *name);
+                used.for_each(|entry| map.clear(&entry.key.0));
+            } else if ![MAP_DROPS, MAP_EGRESS_STATS, MAP_GATEWAY_STATS, "egress_names"].contains(name) {
+                map.keys().iter().for_each(|key| map.clear(key));
+            }
+        }
+    }
+}
+
+/// An entry with points in time moved to where the kernel's clock is.
+fn at(entry: &Entry, now: u32) -> Entry {
+    fn moved(time: u32, now: u32) -> u32 {
+        now.wrapping_add(time.wrapping_sub(TABLE_NOW))
+    }
+    macro_rules! moved {
+        ($type:ty) => {{
+            let mut value: $type = entry.value.read();
+            value.last_seen = moved(value.last_seen, now);
+            value.created = moved(value.created, now);
+            Value::of(&value)
+        }};
+    }
+    let value = match entry.map {
+        map if map.starts_with("flows_") => moved!(FlowValue),
+        map if map.starts_with("nat_") && map.ends_with("_v4") => moved!(NatValue4),
+        map if map.starts_with("nat_") => moved!(NatValue6),
+        _ => entry.value.clone(),
+    };
+    Entry { value, ..entry.clone() }
+}
+
+#[test]
+#[ignore = "privileged: needs root and the eBPF object"]
+fn loaded_programs_agree_with_the_library() {
+    let net = NetNs::new("scenarios");
+    let mut groups: BTreeMap<Setting, Vec<Scenario>> = BTreeMap::new();
+    let mut refused = 0;
+    for scenario in scenarios() {
+        match scenario.kernel {
+            Kernel::Takes => groups.entry(setting(&scenario)).or_default().push(scenario),
+            Kernel::Refuses(_) => refused += 1,
+        }
+    }
+    let total: usize = groups.values().map(Vec::len).sum();
+    println!("{total} scenarios in {} settings, {refused} for the library alone", groups.len());
+    let mut failed = Vec::new();
+    for ((_, _, limit), scenarios) in groups {
+        let machine = Machine::new(scenarios[0].hook, &scenarios[0].config, limit);
+        for scenario in scenarios {
+            if let Err(difference) = machine.run(&net, &scenario) {
+                failed.push(format!("{}:\n{difference}", scenario.name));
+            }
+        }
+    }
+    assert!(failed.is_empty(), "{} of {total} failed\n{}", failed.len(), failed.join("\n\n"));
+}
