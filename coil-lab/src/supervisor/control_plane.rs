@@ -66,9 +66,12 @@ pub(super) async fn start(state: &State, assets: &Path) -> anyhow::Result<Contro
     let tokens = folder.join("tokens.csv");
     std::fs::write(&tokens, format!("{token},lab,lab,system:masters\n"))?;
     let certificates = folder.join("certificates");
+    let advertised = state.topology.api_addresses.first().context("the lab has no address for its API")?;
     let arguments = [
         format!("--etcd-servers={etcd}"),
         "--bind-address=127.0.0.1".to_owned(),
+        // Of the same family as the services, and how the lab's namespaces reach it.
+        format!("--advertise-address={advertised}"),
         format!("--secure-port={secure}"),
         format!("--cert-dir={}", certificates.display()),
         format!("--token-auth-file={}", tokens.display()),
