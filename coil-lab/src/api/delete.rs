@@ -17,6 +17,9 @@ pub const FOREGROUND: &str = "foregroundDeletion";
 /// Finalizer of a deletion that leaves dependents alone.
 pub const ORPHAN: &str = "orphan";
 
+/// Longer graces are cut: a year.
+const LONGEST_GRACE: i64 = 365 * 24 * 3600;
+
 /// What happens to dependents.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Propagation {
@@ -251,7 +254,7 @@ fn grace_of(resource: &Resource, object: &Value, options: &DeleteOptions) -> i64
         return 0;
     }
     let own = obj::int(object, &["spec", "terminationGracePeriodSeconds"]).unwrap_or(30);
-    options.grace.unwrap_or(own).max(0)
+    options.grace.unwrap_or(own).clamp(0, LONGEST_GRACE)
 }
 
 impl ApiServer {

@@ -16,6 +16,8 @@ use super::store::{Change, ChangeKind, StoreError};
 
 /// Watches that name no time end by themselves after this long, like the real server's.
 const DEFAULT_TIMEOUT: Duration = Duration::from_secs(45 * 60);
+/// No watch runs longer.
+const LONGEST: Duration = Duration::from_secs(24 * 3600);
 /// Time between bookmarks.
 const BOOKMARK_EVERY: Duration = Duration::from_secs(20);
 /// Annotation of the bookmark after the initial events of a streaming list.
@@ -111,7 +113,10 @@ impl WatchOptions {
             initial_end: send_initial == Some(true) && query.flag("allowWatchBookmarks"),
             skip_initial: send_initial == Some(false),
             bookmarks: query.flag("allowWatchBookmarks"),
-            timeout: query.number("timeoutSeconds").filter(|&seconds| seconds > 0).map(Duration::from_secs),
+            timeout: query
+                .number("timeoutSeconds")
+                .filter(|&seconds| seconds > 0)
+                .map(|seconds| Duration::from_secs(seconds).min(LONGEST)),
         })
     }
 }

@@ -233,12 +233,14 @@ fn is_controlled_by(object: &Value, owner: &Value) -> bool {
 
 /// A number or a percentage of `total`, rounded up or down.
 fn number_or_percent(value: Option<&Value>, total: i64, round_up: bool) -> i64 {
+    // Far more than any workload has, far less than what overflows.
+    let sane = |number: i64| number.clamp(0, i64::from(i32::MAX));
     match value {
-        Some(Value::Number(number)) => number.as_i64().unwrap_or(0),
+        Some(Value::Number(number)) => sane(number.as_i64().unwrap_or(0)),
         Some(Value::String(text)) => match text.strip_suffix('%').and_then(|text| text.parse::<i64>().ok()) {
-            Some(percent) if round_up => (total * percent + 99) / 100,
-            Some(percent) => total * percent / 100,
-            None => text.parse().unwrap_or(0),
+            Some(percent) if round_up => (total * sane(percent) + 99) / 100,
+            Some(percent) => total * sane(percent) / 100,
+            None => sane(text.parse().unwrap_or(0)),
         },
         _ => 0,
     }
@@ -278,5 +280,7 @@ mod tests {
         assert_eq!(number_or_percent(Some(&json!("100%")), 3, true), 3);
         assert_eq!(number_or_percent(Some(&json!(2)), 3, true), 2);
         assert_eq!(number_or_percent(None, 3, true), 0);
+        assert_eq!(number_or_percent(Some(&json!(i64::MAX)), 3, true), i64::from(i32::MAX));
+        assert_eq!(number_or_percent(Some(&json!("-5%")), 3, true), 0);
     }
 }

@@ -7,6 +7,7 @@ mod bad_requests;
 mod custom;
 mod kubectl;
 mod objects;
+mod properties;
 mod support;
 mod watches;
 mod workloads;
