@@ -157,6 +157,8 @@ fn exec_passes_status_and_pipes_through() {
         assert!(String::from_utf8_lossy(&out.stdout).contains("203.0.113.10"));
         let out = lab_exec("node/worker9", "true");
         assert!(!out.status.success() && String::from_utf8_lossy(&out.stderr).contains("worker1, worker2"));
+        let out = lab_exec("node/worker2", "lab-client peer 203.0.113.11:80");
+        assert!(String::from_utf8_lossy(&out.stdout).contains("172.30.2.2"), "{out:?}");
         let options = coil_lab::ExecOptions { stdin: b"hello".to_vec(), ..Default::default() };
         let out = lab.exec(&Target::Router, &["cat"], options).await?;
         assert_eq!(out.stdout, b"hello");

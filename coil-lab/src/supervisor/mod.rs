@@ -15,7 +15,7 @@ use crate::{cni, controllers, topology};
 use anyhow::Context;
 use serde::{Deserialize, Serialize};
 use std::io::Write;
-use std::os::unix::fs::symlink;
+use std::os::unix::fs::{PermissionsExt, symlink};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
@@ -147,6 +147,7 @@ fn folders(state: &State) -> anyhow::Result<()> {
             symlink(binary, paths::bin().join(program)).with_context(|| format!("link to {program}"))?;
         }
     }
+    client_script(state).context("cannot write lab-client")?;
     for node in &state.topology.nodes {
         let folder = paths::node(&node.name);
         std::fs::create_dir_all(&folder).with_context(|| format!("cannot create {}", folder.display()))?;
@@ -160,4 +161,17 @@ fn folders(state: &State) -> anyhow::Result<()> {
         std::fs::write(&path, config).with_context(|| format!("cannot write {}", path.display()))?;
     }
     Ok(())
+}
+
+/// `lab-client`, the client of the external host's servers, for commands in the lab's namespaces.
+fn client_script(state: &State) -> std::io::Result<()> {
+    let quoted: Vec<String> = state
+        .options
+        .launcher
+        .iter()
+        .map(|part| format!("'{}'", part.to_string_lossy().replace('\'', "'\\''")))
+        .collect();
+    let path = paths::bin().join("lab-client");
+    std::fs::write(&path, format!("#!/bin/sh\nexec {} client \"$@\"\n", quoted.join(" ")))?;
+    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755))
 }
