@@ -53,6 +53,9 @@ pub struct Rewrite<F: Family> {
     pub pop: usize,
     /// Tunnel headers to put after the Ethernet header.
     pub push: Option<Tunnel<F>>,
+    /// It is a GSO packet of datagrams, which must be cut into them when it is next sent: after a
+    /// tunnel has been taken off the kernel would cut it as if it still had one.
+    pub cut: bool,
     /// Where it goes.
     pub way: Way,
 }
@@ -124,6 +127,7 @@ impl<F: Family> Rewrite<F> {
             check: CheckEdit::NONE,
             pop: 0,
             push: None,
+            cut: false,
             way: Way::On,
         }
     }

@@ -49,6 +49,9 @@ pub(super) fn rewrite<F: Build>(skb: &mut Skb, rewrite: &Rewrite<F>) -> Result<O
     if rewrite.pop > 0 {
         pop(skb, rewrite.pop)?;
     }
+    if rewrite.cut && finish_checksum(skb.raw, F::OVERHEAD) == 0 {
+        return Err(DropReason::RewriteFailed);
+    }
     if let Some(tunnel) = &rewrite.push {
         push::<F>(skb, tunnel)?;
     }
@@ -149,6 +152,46 @@ fn write_head<F: Family>(skb: &mut Skb, head: &F::Head) -> Result<(), DropReason
         )
     };
     if result == 0 { Ok(()) } else { Err(DropReason::RewriteFailed) }
+}
+
+/// Bytes after the Ethernet header that [`finish_checksum`] takes off: beyond the start of any UDP
+/// header that it is for.
+const SLICE: usize = 76;
+
+/// Makes the kernel cut a GSO packet of UDP when it is next sent.
+///
+/// `bpf_skb_adjust_room` marks the packet as tunnelled, and nothing that a program can call takes the
+/// mark off again. TCP does not mind. A packet of datagrams that was tunnelled once and is no more is
+/// cut at the wrong place, and lost. Between virtual devices a packet meets nobody that would cut it
+/// before; but any device does, with the right result, where the checksum of a GSO packet is not left
+/// to it. The kernel forgets that it was once the start of the sum has been taken off. So: make room
+/// (while the kernel still keeps the start in step), take off the room and the headers, put the
+/// headers back.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn finish_checksum(raw: *mut __sk_buff, overhead: u32) -> u32 {
+    let mut skb = Skb::of(raw);
+    if skb.ensure(ETHERNET + SLICE + 2).is_err() {
+        // So short that few datagrams are lost.
+        return 1;
+    }
+    let Ok(slice) = skb.words::<{ SLICE / 4 }>(ETHERNET) else {
+        return 1;
+    };
+    let room = (overhead & 0x3f) as i32;
+    let flags = u64::from(BPF_F_ADJ_ROOM_FIXED_GSO);
+    let adjust = |bytes: i32| {
+        // SAFETY: the context of a running program is valid.
+        unsafe { bpf_skb_adjust_room(raw, bytes, BPF_ADJ_ROOM_MAC, flags) == 0 }
+    };
+    if !adjust(room) || !adjust(-room - SLICE as i32) || !adjust(SLICE as i32) {
+        return 0;
+    }
+    // SAFETY: the context of a running program is valid, and `slice` is as long as is said.
+    let stored = unsafe {
+        bpf_skb_store_bytes(raw.cast(), ETHERNET as u32, core::ptr::from_ref(&slice).cast(), SLICE as u32, 0)
+    };
+    u32::from(stored == 0)
 }
 
 /// Longest IP header that is quoted, extension headers included.

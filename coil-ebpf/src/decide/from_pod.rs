@@ -120,6 +120,7 @@ pub fn from_pod<F: Parse + Build, P: Packet, T: NodeTables<F>>(
     let hash = flow.hash(config.seed);
     rewrite.begin(&ip, Way::On);
     rewrite.clamp(&l4, mss::clamp(packet, &l4, wire::inner_mss::<F>(pod.mtu))?);
+    rewrite.cut = wire::is_uncut(packet, &l4);
     rewrite.push = Some(Tunnel {
         src: F::of_pod(pod),
         dst: choice.gateway,

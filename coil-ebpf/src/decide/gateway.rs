@@ -201,6 +201,7 @@ pub fn back<F: Parse + Build, P: Packet, T: NatTables<F>>(
     let to = tables.translation(entry);
     rewrite.translate(packet, ip, &l4, End::Destination, &to)?;
     let hash = flow.hash(config.seed);
+    rewrite.cut = wire::is_uncut(packet, &l4);
     rewrite.push = Some(Tunnel {
         src: F::of_config(config),
         dst: to.addr,

@@ -77,6 +77,12 @@ pub(super) fn exceeds<F: Family, P: Packet>(packet: &P, ip: &Ip<F>, l4: &L4, mtu
     largest > inner_mtu::<F>(mtu) || ip.length > 0xffff - F::OVERHEAD
 }
 
+/// The packet consists of datagrams that are not cut yet.
+#[inline(always)]
+pub(super) fn is_uncut<P: Packet>(packet: &P, l4: &L4) -> bool {
+    matches!(l4.kind, Kind::Udp) && packet.gso_size() != 0
+}
+
 /// The error about such a packet.
 #[inline(always)]
 pub(super) fn refuse<F: Family>(ip: &Ip<F>, mtu: u32) -> Refusal {
