@@ -8,10 +8,23 @@ use anyhow::{Context, Result, bail, ensure};
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
-use crate::{ExecOptions, Lab, Target, paths};
+use crate::{ExecOptions, Lab, Options, Target, paths};
 
 /// How long one step may take, and how long a condition is waited for.
 pub const STEP: Duration = Duration::from_secs(60);
+
+/// Brings up a lab that the caller will take down. One that is up already is somebody else's: it is an error, and the
+/// lab is left alone. A lab that does not come up is removed again.
+pub async fn fresh(options: Options, progress: impl Fn(&str)) -> Result<Lab> {
+    ensure!(Lab::open().is_err(), "a lab is up already; take it down first: cargo xtask lab down");
+    match Lab::up(options, &progress).await {
+        Ok(lab) => Ok(lab),
+        Err(error) => {
+            Lab::down(&progress)?;
+            Err(error.into())
+        }
+    }
+}
 
 /// Runs kubectl against the lab and returns what it prints.
 pub async fn kubectl(lab: &Lab, arguments: &[&str], input: &str) -> Result<String> {

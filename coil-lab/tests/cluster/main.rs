@@ -15,6 +15,7 @@ mod support;
 use std::process::ExitCode;
 use std::sync::Arc;
 
+use coil_lab::drive::fresh;
 use coil_lab::{Family, Lab, Options};
 use libtest_mimic::{Arguments, Conclusion, Failed, Trial};
 
@@ -54,24 +55,21 @@ fn main() -> ExitCode {
 fn run(arguments: &Arguments, scenarios: Vec<Scenario>) -> anyhow::Result<Conclusion> {
     let runtime = Arc::new(tokio::runtime::Runtime::new()?);
     let options = Options { family: Family::Dual, ..support::options() };
-    let lab = runtime.block_on(Lab::up(options, |step| eprintln!("{step}")));
-    let conclusion = lab.map(|lab| {
-        let lab = Arc::new(lab);
-        let trials = scenarios
-            .into_iter()
-            .map(|scenario| {
-                let (lab, runtime) = (lab.clone(), runtime.clone());
-                Trial::test(scenario.name, move || {
-                    runtime.block_on((scenario.run)(&lab)).map_err(|error| {
-                        eprintln!("{}", support::state(&lab));
-                        Failed::from(format!("{error:#}"))
-                    })
+    let lab = Arc::new(runtime.block_on(fresh(options, |step| eprintln!("{step}")))?);
+    let trials = scenarios
+        .into_iter()
+        .map(|scenario| {
+            let (lab, runtime) = (lab.clone(), runtime.clone());
+            Trial::test(scenario.name, move || {
+                runtime.block_on((scenario.run)(&lab)).map_err(|error| {
+                    eprintln!("{}", support::state(&lab));
+                    Failed::from(format!("{error:#}"))
                 })
-                .with_ignored_flag(true)
             })
-            .collect();
-        libtest_mimic::run(&Arguments { test_threads: Some(1), ..arguments.clone() }, trials)
-    });
+            .with_ignored_flag(true)
+        })
+        .collect();
+    let conclusion = libtest_mimic::run(&Arguments { test_threads: Some(1), ..arguments.clone() }, trials);
     Lab::down(|step| eprintln!("{step}"))?;
-    Ok(conclusion?)
+    Ok(conclusion)
 }

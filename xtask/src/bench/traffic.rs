@@ -5,8 +5,8 @@
 //! alternate, so that a change of the machine's speed meets both alike; the ratio is the median of
 //! the ratios of pairs.
 
-use anyhow::{Context, Result, ensure};
-use coil_lab::drive::{apply, exec, pod, until, wait_for};
+use anyhow::{Context, Result};
+use coil_lab::drive::{apply, exec, fresh, pod, until, wait_for};
 use coil_lab::{Family, Lab, Options, Target};
 use serde_json::Value;
 
@@ -23,10 +23,8 @@ const MANIFEST: &str = include_str!("traffic.yaml");
 /// Brings a lab up, measures, and removes it.
 pub async fn measure() -> Result<Vec<Figure>> {
     let options = Options { family: Family::Dual, ..Options::for_xtask()? };
-    let figures = match Lab::up(options, |step| say(step)).await {
-        Ok(lab) => rates(&lab).await,
-        Err(error) => Err(error.into()),
-    };
+    let lab = fresh(options, |step| say(step)).await?;
+    let figures = rates(&lab).await;
     Lab::down(|step| say(step))?;
     figures
 }
@@ -35,9 +33,9 @@ async fn rates(lab: &Lab) -> Result<Vec<Figure>> {
     apply(lab, MANIFEST).await?;
     wait_for(lab, "condition=Ready", "bench-egress", &["egress/all"]).await?;
     wait_for(lab, "condition=Ready", "bench", &["pod", "--all"]).await?;
-    let server = Server::start(lab)?;
     let mut figures = Vec::new();
     for (family, address) in external(lab)? {
+        let server = Server::start(lab, &address)?;
         for (what, unit, run) in
             [("TCP, one stream", "Gbit/s", tcp as Run), ("UDP, 64 bytes", "packets/s", udp as Run)]
         {
@@ -91,8 +89,9 @@ struct Server {
 }
 
 impl Server {
-    fn start(lab: &Lab) -> Result<Self> {
-        let mut command = lab.command(&Target::External, &["iperf3", "--server"])?;
+    /// Bound to the address: the host has several, and answers over UDP must come from the right one.
+    fn start(lab: &Lab, address: &str) -> Result<Self> {
+        let mut command = lab.command(&Target::External, &["iperf3", "--server", "--bind", address])?;
         command.stdin(std::process::Stdio::null()).stdout(std::process::Stdio::null());
         Ok(Self { child: command.spawn().context("starting iperf3")? })
     }
@@ -105,10 +104,19 @@ impl Server {
             .chain(arguments)
             .map(|word| (*word).to_owned())
             .collect();
-        let report = until("iperf3 answers", || exec(lab, &target, &argv)).await?;
-        let report: Value = serde_json::from_str(&report).context("reading iperf3's report")?;
-        let rate = read(&report).with_context(|| format!("iperf3 from {name}: no rate in its report"))?;
-        ensure!(rate > 0.0, "iperf3 from {name} moved nothing");
+        // The server refuses a test while it winds up the one before.
+        let rate = until("iperf3 moves data", || async {
+            let report = exec(lab, &target, &argv).await?;
+            let report: Value = serde_json::from_str(&report).context("reading iperf3's report")?;
+            read(&report)
+                .filter(|rate| *rate > 0.0)
+                .with_context(|| format!("iperf3 from {name}: no rate in its report: {}", report["error"]))
+        })
+        .await?;
+        eprintln!(
+            "  {} from {name} to {address}: {rate:.2}",
+            if arguments.is_empty() { "TCP" } else { "UDP" }
+        );
         Ok(rate)
     }
 }

@@ -6,6 +6,7 @@ mod story;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result};
+use coil_lab::drive::fresh;
 use coil_lab::{Family, Lab, Options};
 use serde::Serialize;
 
@@ -66,11 +67,12 @@ impl Report {
 impl Demo {
     /// Runs the verb.
     pub fn run(&self) -> Result<ExitCode> {
-        host::need_root("cargo xtask demo")?;
-        host::ensure(host::LAB)?;
-        Build::default().run()?;
-        let runtime = tokio::runtime::Runtime::new().context("starting the runtime")?;
-        let report = runtime.block_on(self.show())?;
+        // With --json even a failure to begin is told as a check that failed.
+        let report = self.prepare_and_show().unwrap_or_else(|error| {
+            let mut report = Report::default();
+            report.add("a cluster of two worker nodes is up", Err(error));
+            report
+        });
         let failed = report.failed();
         let verdict = format!("{} checks passed, {failed} failed", report.checks.len() - failed);
         if self.json {
@@ -82,30 +84,33 @@ impl Demo {
         Ok(if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
     }
 
+    fn prepare_and_show(&self) -> Result<Report> {
+        host::need_root("cargo xtask demo")?;
+        host::ensure(host::LAB)?;
+        Build::default().run()?;
+        tokio::runtime::Runtime::new().context("starting the runtime")?.block_on(self.show())
+    }
+
     async fn show(&self) -> Result<Report> {
         let mut report = Report::default();
         let options = Options { family: self.family, ..Options::for_xtask()? };
         let lab = tokio::select! {
-            lab = Lab::up(options, |step| say(step)) => lab,
+            lab = fresh(options, |step| say(step)) => lab?,
             signal = tokio::signal::ctrl_c() => {
                 signal.context("waiting for an interrupt")?;
                 Lab::down(|step| say(step))?;
                 anyhow::bail!("interrupted");
             }
         };
-        match lab {
-            Ok(lab) => {
-                report.add("a cluster of two worker nodes is up", cluster::describe(&lab));
-                let told = tokio::select! {
-                    told = story::tell(&lab, self.family, &mut report) => told,
-                    signal = tokio::signal::ctrl_c() => signal.context("waiting for an interrupt")
-                        .and_then(|()| Err(anyhow::anyhow!("interrupted"))),
-                };
-                if let Err(error) = told {
-                    report.add("the demo runs to its end", Err(error));
-                }
-            }
-            Err(error) => report.add("a cluster of two worker nodes is up", Err(error.into())),
+        report.add("a cluster of two worker nodes is up", cluster::describe(&lab));
+        let told = tokio::select! {
+            told = story::tell(&lab, self.family, &mut report) => told,
+            signal = tokio::signal::ctrl_c() => signal
+                .context("waiting for an interrupt")
+                .and_then(|()| Err(anyhow::anyhow!("interrupted"))),
+        };
+        if let Err(error) = told {
+            report.add("the demo runs to its end", Err(error));
         }
         if self.keep {
             cluster::invite();
