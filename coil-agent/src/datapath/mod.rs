@@ -33,6 +33,7 @@ pub(crate) mod internal {
 }
 
 use std::collections::BTreeSet;
+use std::fs::File;
 use std::net::{Ipv4Addr, Ipv6Addr};
 use std::path::PathBuf;
 
@@ -209,6 +210,8 @@ pub struct NodeDatapath {
     flow_capacity: [usize; 2],
     /// Keeps the programs loaded.
     loaded: Loaded,
+    /// Keeps others from writing.
+    _lock: File,
 }
 
 impl NodeDatapath {
@@ -222,6 +225,7 @@ impl NodeDatapath {
     pub fn open_with(options: NodeOptions, mode: Option<AttachMode>) -> Result<Self, DatapathError> {
         let NodeOptions { bpffs_root, fou_port, node_ipv4, node_ipv6, max_flows } = options;
         let folder = PinFolder::open(&bpffs_root, IfUnmounted::Refuse)?;
+        let lock = folder.lock()?;
         let config = Config {
             ipv4: node_ipv4.map_or([0; 4], |address| address.octets()),
             ipv6: node_ipv6.map_or([0; 16], |address| address.octets()),
@@ -261,6 +265,7 @@ impl NodeDatapath {
             fill: MapFill::new(&capacities),
             flow_capacity,
             loaded,
+            _lock: lock,
         })
     }
 

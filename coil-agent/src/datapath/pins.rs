@@ -1,11 +1,17 @@
 //! Folders of pins on a BPF file system.
 
+use std::fs::{File, TryLockError};
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use coil_common::names::{PIN_EGRESS, PIN_LINKS};
 use nix::mount::{MsFlags, mount};
 use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
+
+/// How long a process waits for another that is ending.
+const LOCK_PATIENCE: Duration = Duration::from_secs(3);
+const LOCK_INTERVAL: Duration = Duration::from_millis(50);
 
 /// What can go wrong with the folder of pins.
 #[derive(Debug, thiserror::Error)]
@@ -29,6 +35,12 @@ pub enum PinError {
         /// Why not.
         #[source]
         source: io::Error,
+    },
+    /// Another process has the folder.
+    #[error("another coild works on {}; two of them would undo each other's changes", folder.display())]
+    Busy {
+        /// The folder.
+        folder: PathBuf,
     },
     /// A pin or a folder of pins cannot be used.
     #[error("cannot {operation} {}", path.display())]
@@ -69,6 +81,23 @@ impl PinFolder {
         let folder = Self(root.join(format!("v{}", coil_common::ABI_VERSION)));
         create(&folder.0)?;
         Ok(folder)
+    }
+
+    /// Keeps other processes from writing to the node's maps, until the lock is dropped or the process
+    /// ends; waits a little for one that is ending.
+    pub(crate) fn lock(&self) -> Result<File, PinError> {
+        let folder = File::open(&self.0).map_err(PinError::path("open", &self.0))?;
+        let start = Instant::now();
+        loop {
+            match folder.try_lock() {
+                Ok(()) => return Ok(folder),
+                Err(TryLockError::WouldBlock) if start.elapsed() < LOCK_PATIENCE => {
+                    std::thread::sleep(LOCK_INTERVAL);
+                }
+                Err(TryLockError::WouldBlock) => return Err(PinError::Busy { folder: self.0.clone() }),
+                Err(TryLockError::Error(error)) => return Err(PinError::path("lock", &self.0)(error)),
+            }
+        }
     }
 
     /// Where a node's maps are.

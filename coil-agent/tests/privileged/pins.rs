@@ -3,7 +3,7 @@
 #![expect(clippy::unwrap_used, clippy::panic, reason = "tests")]
 
 use aya::maps::{HashMap, MapData};
-use coil_agent::datapath::{DatapathError, LoadError, NodeDatapath};
+use coil_agent::datapath::{DatapathError, LoadError, NodeDatapath, PinError};
 use coil_common::names::{MAP_PEERS_V4, MAP_PODS, NODE_MAPS, PROGRAM_FROM_POD};
 
 use crate::support::maps;
@@ -80,4 +80,15 @@ fn the_other_roles_maps_are_neither_pinned_nor_large() {
         .collect();
     assert_eq!(names.len(), NODE_MAPS.len(), "{names:?}");
     drop(node);
+}
+
+#[test]
+#[ignore = "privileged: needs root and the eBPF object"]
+fn two_agents_do_not_write_at_a_time() {
+    let topology = Topology::new();
+    let first = topology.open_node(None);
+    let error = open_error(&topology);
+    assert!(matches!(&error, DatapathError::Pin(PinError::Busy { .. })), "{error:?}");
+    drop(first);
+    drop(topology.open_node(None));
 }
