@@ -20,7 +20,7 @@ use crate::cni::error::causes;
 use crate::cni::pod::Pods;
 use crate::cni::proto::cni_server::SERVICE_NAME;
 use crate::cni::server;
-use crate::datapath::{Datapath, NodeDatapath, NodeOptions};
+use crate::datapath::{Datapath, DatapathError, NodeDatapath, NodeOptions, PinError};
 use crate::desired::DesiredState;
 use crate::local::{adopt_pods, watch_links};
 use crate::metrics::{GrpcMetrics, StateMetrics, WatchMetrics};
@@ -218,8 +218,14 @@ fn remove(bpffs_root: PathBuf, pins: PathBuf) -> anyhow::Result<()> {
         datapath.gc_gateways(&BTreeSet::new())?;
         datapath.apply(&nothing)
     });
-    if let Err(error) = &detached {
-        tracing::warn!(error = causes(error), "cannot detach in good order; removing all pins");
+    match detached {
+        Ok(_) => {}
+        Err(error @ DatapathError::Pin(PinError::Busy { .. })) => {
+            return Err(error).context("stop coild first");
+        }
+        Err(error) => {
+            tracing::warn!(error = causes(&error), "cannot detach in good order; removing all pins");
+        }
     }
     std::fs::remove_dir_all(&pins).with_context(|| format!("cannot remove {}", pins.display()))?;
     println!("removed {}", pins.display());
