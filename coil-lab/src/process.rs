@@ -68,7 +68,14 @@ impl ProcessId {
 /// All processes that carry the marker: those of lab `id`, or of any lab where it is not known. This process and its
 /// ancestors are left out, since `down` may itself have been started from inside the lab.
 pub fn marked(id: Option<&str>) -> Vec<ProcessId> {
-    with_variable(MARKER, id)
+    let mut found = with_variable(MARKER, id);
+    if id.is_none() {
+        // A lab in a container with mounts of its own is not the one whose record is missing here.
+        let mounts = |pid: &str| std::fs::read_link(format!("/proc/{pid}/ns/mnt")).ok();
+        let own = mounts("self");
+        found.retain(|process| mounts(&process.pid.to_string()) == own);
+    }
+    found
 }
 
 /// All processes with this environment variable, except this one and its ancestors; with this value, where one is given.
