@@ -60,14 +60,14 @@ pub async fn get(lab: &Lab, arguments: &[&str]) -> Result<Value> {
     serde_json::from_str(&json).context("reading what kubectl printed")
 }
 
-/// Waits until a condition of an object is true.
+/// Waits until a condition of objects is true; they need not exist yet.
 pub async fn wait_for(lab: &Lab, condition: &str, namespace: &str, what: &[&str]) -> Result<()> {
-    let arguments: Vec<_> = ["wait", "--for", condition, "--timeout=60s", "--namespace", namespace]
+    let arguments: Vec<_> = ["wait", "--for", condition, "--timeout=20s", "--namespace", namespace]
         .iter()
         .chain(what)
         .copied()
         .collect();
-    kubectl(lab, &arguments, "").await.map(drop)
+    until(condition, || kubectl(lab, &arguments, "")).await.map(drop)
 }
 
 /// Runs a command in a place and returns what it prints.
