@@ -5,6 +5,8 @@
 //! deployment is in `controllers`, what runs pods is the lab's kubelet stand-in. There is no authentication: whoever
 //! reaches the socket is cluster administrator.
 
+pub mod admission;
+pub mod admitted;
 pub mod crd;
 pub mod defaults;
 pub mod delete;
@@ -35,5 +37,6 @@ pub mod table;
 pub mod watch;
 pub mod write;
 
+pub use admission::WebhookRoute;
 pub use error::{ApiError, ApiResult};
 pub use server::{ApiConfig, ApiServer, PodLogs};

@@ -266,7 +266,8 @@ impl Call<'_> {
             }
             Method::DELETE if part == Part::Main => {
                 let options = self.delete_options()?;
-                let deleted = self.server.delete(self.resource, self.namespace(), name, &options)?;
+                let deleted =
+                    self.server.delete_admitted(self.resource, self.namespace(), name, &options).await?;
                 Ok(self.show_deleted(&deleted))
             }
             _ => Err(ApiError::method_not_allowed()),

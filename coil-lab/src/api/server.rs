@@ -7,6 +7,7 @@ use ipnet::{Ipv4Net, Ipv6Net};
 use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 
+use super::admission::WebhookRoute;
 use super::error::{ApiError, ApiResult};
 use super::ipalloc::ServiceIps;
 use super::registry::{Registry, Resource};
@@ -66,6 +67,7 @@ pub struct ApiServer {
     pub(super) openapi: super::openapi::Cache,
     pub(super) shutdown: CancellationToken,
     logs: RwLock<Option<Arc<dyn PodLogs>>>,
+    webhook_route: RwLock<Option<Arc<dyn WebhookRoute>>>,
 }
 
 impl std::fmt::Debug for ApiServer {
@@ -87,6 +89,7 @@ impl ApiServer {
             openapi: super::openapi::Cache::default(),
             shutdown: CancellationToken::new(),
             logs: RwLock::new(None),
+            webhook_route: RwLock::new(None),
         });
         server.make_first_objects();
         server
@@ -144,6 +147,16 @@ impl ApiServer {
 
     pub(super) fn pod_logs(&self) -> Option<Arc<dyn PodLogs>> {
         self.logs.read().unwrap_or_else(std::sync::PoisonError::into_inner).clone()
+    }
+
+    /// Says how webhooks are reached.
+    pub fn set_webhook_route(&self, route: Arc<dyn WebhookRoute>) {
+        *self.webhook_route.write().unwrap_or_else(std::sync::PoisonError::into_inner) = Some(route);
+    }
+
+    pub(super) fn webhook_route(&self, endpoint: std::net::SocketAddr) -> std::net::SocketAddr {
+        let route = self.webhook_route.read().unwrap_or_else(std::sync::PoisonError::into_inner);
+        route.as_ref().map_or(endpoint, |route| route.route(endpoint))
     }
 
     /// A resource by group and plural name.

@@ -14,7 +14,7 @@ use super::store::StoreError;
 use super::{crd, defaults, events, meta, obj, rules, schema};
 
 /// How often a write that does not name a version is tried again when others write in between.
-const RETRIES: usize = 32;
+pub(super) const RETRIES: usize = 32;
 
 /// Which part of an object is written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -68,17 +68,6 @@ impl WriteOptions {
 }
 
 impl ApiServer {
-    /// Creates an object.
-    pub async fn create(
-        &self,
-        resource: &Arc<Resource>,
-        namespace: Option<&str>,
-        object: Value,
-        options: &mut WriteOptions,
-    ) -> ApiResult<Arc<Value>> {
-        self.create_now(resource, namespace, object, options)
-    }
-
     /// Creates an object without asking webhooks.
     pub fn create_now(
         &self,
@@ -87,11 +76,13 @@ impl ApiServer {
         object: Value,
         options: &mut WriteOptions,
     ) -> ApiResult<Arc<Value>> {
-        let object = self.prepare_new(resource, namespace, object, options)?;
+        let object = self.build_new(resource, namespace, object, options)?;
+        let object = self.finish(resource, object, None, options)?;
         self.commit_new(resource, object, options)
     }
 
-    fn prepare_new(
+    /// A new object before validation.
+    pub(super) fn build_new(
         &self,
         resource: &Arc<Resource>,
         namespace: Option<&str>,
@@ -117,15 +108,45 @@ impl ApiServer {
         if resource.plural == "customresourcedefinitions" {
             crd::prepare(self, &mut object);
         }
-        validate(resource, &object, None)?;
-        if resource.plural == "services" && resource.group.is_empty() {
-            self.service_ips.assign(&mut object, None, self.config.prefer_v6)?;
-        }
-        managed::record_update(resource, None, &mut object, options);
         Ok(object)
     }
 
-    fn commit_new(
+    /// Validates an object and writes what follows from it.
+    pub(super) fn finish(
+        &self,
+        resource: &Arc<Resource>,
+        mut object: Value,
+        old: Option<&Value>,
+        options: &WriteOptions,
+    ) -> ApiResult<Value> {
+        validate(resource, &object, old)?;
+        if options.part != Part::Status && resource.plural == "services" && resource.group.is_empty() {
+            self.service_ips.assign(&mut object, old, self.config.prefer_v6)?;
+        }
+        if let Some(old) = old {
+            meta::bump_generation(resource, &mut object, old);
+        }
+        managed::record_update(resource, old, &mut object, options);
+        Ok(object)
+    }
+
+    /// What a webhook made of an object, in shape again.
+    pub(super) fn reshape(
+        &self,
+        resource: &Arc<Resource>,
+        mut object: Value,
+        old: Option<&Value>,
+        options: &mut WriteOptions,
+    ) -> ApiResult<Value> {
+        let validation = std::mem::replace(&mut options.validation, FieldValidation::Ignore);
+        let shaped = shape(resource, &mut object, options);
+        options.validation = validation;
+        shaped?;
+        defaults::apply(resource, &mut object, old);
+        Ok(object)
+    }
+
+    pub(super) fn commit_new(
         &self,
         resource: &Arc<Resource>,
         object: Value,
@@ -157,18 +178,6 @@ impl ApiServer {
         Ok(stored)
     }
 
-    /// Replaces an object.
-    pub async fn update(
-        &self,
-        resource: &Arc<Resource>,
-        namespace: Option<&str>,
-        name: &str,
-        object: Value,
-        options: &mut WriteOptions,
-    ) -> ApiResult<Arc<Value>> {
-        self.update_now(resource, namespace, name, object, options)
-    }
-
     /// Replaces an object without asking webhooks.
     pub fn update_now(
         &self,
@@ -182,36 +191,10 @@ impl ApiServer {
         if resource.group == "events.k8s.io" {
             object = events::to_core(&object);
         }
-        self.rewrite(resource, namespace, name, options, &mut |old, _| {
-            let wanted = obj::uid(&object);
-            if !wanted.is_empty() && wanted != obj::uid(old) {
-                return Err(ApiError::conflict(
-                    &resource.plural,
-                    &resource.group,
-                    name,
-                    &format!(
-                        "Precondition failed: UID in precondition: {wanted}, UID in object meta: {}",
-                        obj::uid(old)
-                    ),
-                ));
-            }
-            Ok(object.clone())
-        })
+        self.rewrite(resource, namespace, name, options, &mut |old, _| replaced(resource, old, &object))
     }
 
-    /// Patches an object. A server-side apply creates what is not there.
-    pub async fn patch(
-        &self,
-        resource: &Arc<Resource>,
-        namespace: Option<&str>,
-        name: &str,
-        patch: &Patch,
-        options: &mut WriteOptions,
-    ) -> ApiResult<Arc<Value>> {
-        self.patch_now(resource, namespace, name, patch, options)
-    }
-
-    /// Patches an object without asking webhooks.
+    /// Patches an object without asking webhooks. A server-side apply creates what is not there.
     pub fn patch_now(
         &self,
         resource: &Arc<Resource>,
@@ -234,12 +217,8 @@ impl ApiServer {
                 }
             }
         }
-        let is_event = resource.group == "events.k8s.io";
         self.rewrite(resource, namespace, name, options, &mut |old, options| {
-            let shown = if is_event { events::to_new(old) } else { old.clone() };
-            let mut patched = patch::apply_patch(resource, &shown, patch, options)?;
-            check_identity(resource, namespace, Some(name), &mut patched)?;
-            Ok(if is_event { events::to_core(&patched) } else { patched })
+            patched(resource, namespace, old, patch, options)
         })
     }
 
@@ -250,7 +229,8 @@ impl ApiServer {
         applied: Value,
         options: &mut WriteOptions,
     ) -> ApiResult<Arc<Value>> {
-        let mut object = self.prepare_new(resource, namespace, applied.clone(), options)?;
+        let object = self.build_new(resource, namespace, applied.clone(), options)?;
+        let mut object = self.finish(resource, object, None, options)?;
         managed::record_apply_on_create(resource, &applied, &mut object, options);
         self.commit_new(resource, object, options)
     }
@@ -272,7 +252,8 @@ impl ApiServer {
             if !seen.is_empty() && seen != obj::version(&old) {
                 return Err(ApiError::modified(&resource.plural, &resource.group, name));
             }
-            let new = self.prepare_update(resource, &old, new, options)?;
+            let new = self.build_update(resource, &old, new, options)?;
+            let new = self.finish(resource, new, Some(&old), options)?;
             match self.commit_update(resource, namespace, name, &old, new, options) {
                 Err(None) => {}
                 Err(Some(error)) => return Err(error),
@@ -282,7 +263,8 @@ impl ApiServer {
         Err(ApiError::modified(&resource.plural, &resource.group, name))
     }
 
-    fn prepare_update(
+    /// A changed object before validation.
+    pub(super) fn build_update(
         &self,
         resource: &Arc<Resource>,
         old: &Value,
@@ -302,17 +284,11 @@ impl ApiServer {
         if resource.plural == "customresourcedefinitions" {
             crd::prepare(self, &mut object);
         }
-        validate(resource, &object, Some(old))?;
-        if options.part != Part::Status && resource.plural == "services" && resource.group.is_empty() {
-            self.service_ips.assign(&mut object, Some(old), self.config.prefer_v6)?;
-        }
-        meta::bump_generation(resource, &mut object, old);
-        managed::record_update(resource, Some(old), &mut object, options);
         Ok(object)
     }
 
     /// `Err(None)` asks for another try.
-    fn commit_update(
+    pub(super) fn commit_update(
         &self,
         resource: &Arc<Resource>,
         namespace: Option<&str>,
@@ -383,8 +359,34 @@ impl ApiServer {
     }
 }
 
+/// The object that replaces `old`, if it is meant to.
+pub(super) fn replaced(resource: &Resource, old: &Value, object: &Value) -> ApiResult<Value> {
+    let (wanted, found) = (obj::uid(object), obj::uid(old));
+    if !wanted.is_empty() && wanted != found {
+        let detail =
+            format!("Precondition failed: UID in precondition: {wanted}, UID in object meta: {found}");
+        return Err(ApiError::conflict(&resource.plural, &resource.group, obj::name(old), &detail));
+    }
+    Ok(object.clone())
+}
+
+/// The object after a patch.
+pub(super) fn patched(
+    resource: &Resource,
+    namespace: Option<&str>,
+    old: &Value,
+    patch: &Patch,
+    options: &mut WriteOptions,
+) -> ApiResult<Value> {
+    let is_event = resource.group == "events.k8s.io";
+    let shown = if is_event { events::to_new(old) } else { old.clone() };
+    let mut patched = patch::apply_patch(resource, &shown, patch, options)?;
+    check_identity(resource, namespace, Some(obj::name(old)), &mut patched)?;
+    Ok(if is_event { events::to_core(&patched) } else { patched })
+}
+
 /// Makes group, kind, namespace and name of an object agree with the request's.
-fn check_identity(
+pub(super) fn check_identity(
     resource: &Resource,
     namespace: Option<&str>,
     name: Option<&str>,

@@ -10,4 +10,5 @@ mod objects;
 mod properties;
 mod support;
 mod watches;
+mod webhooks;
 mod workloads;
