@@ -264,3 +264,38 @@ fn unsupported<F: Family, P: Packet, T: NodeTables<F>>(
         Some(_) => Err(reason),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::family::V4;
+
+    fn egress(flags: u32) -> EgressValue {
+        let mut table = [0; MAGLEV_SLOTS];
+        for (index, slot) in table.iter_mut().enumerate() {
+            *slot = (index % 7) as u16;
+        }
+        EgressValue { flags, gateways: 7, table }
+    }
+
+    fn choices(flags: u32) -> std::collections::BTreeSet<u16> {
+        let seeds = 0..4;
+        seeds
+            .flat_map(|seed| (0..100u16).map(move |port| (seed, port)))
+            .map(|(seed, port)| {
+                let flow = Flow::<V4>::new(&1, &u32::from(port), port.to_be_bytes(), [1, 187], 6);
+                slot(&egress(flags), &flow, &Config { seed, ..Config::default() })
+            })
+            .collect()
+    }
+
+    #[test]
+    fn a_client_with_affinity_has_one_gateway() {
+        assert_eq!(choices(EGRESS_CLIENT_AFFINITY).len(), 1);
+    }
+
+    #[test]
+    fn flows_without_affinity_use_all_gateways() {
+        assert_eq!(choices(0).len(), 7);
+    }
+}

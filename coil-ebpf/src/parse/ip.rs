@@ -68,6 +68,12 @@ pub trait Parse: Family {
     fn parse<P: Packet>(packet: &mut P, at: usize) -> Result<Ip<Self>, DropReason>;
 }
 
+/// Length of a GSO packet that is too long to say so itself (BIG TCP), 0 for other packets.
+#[inline(always)]
+fn jumbo<P: Packet>(packet: &P, at: usize) -> u32 {
+    if packet.gso_size() == 0 { 0 } else { packet.length().wrapping_sub(at as u32) }
+}
+
 impl Parse for V4 {
     #[inline(always)]
     fn parse<P: Packet>(packet: &mut P, at: usize) -> Result<Ip<Self>, DropReason> {
@@ -79,7 +85,10 @@ impl Parse for V4 {
         let dst = Self::load(packet, at + Self::DST_AT)?;
 
         let header = usize::from(version & 0xf) * 4;
-        let length = u32::from(u16::from_be_bytes([l0, l1]));
+        let mut length = u32::from(u16::from_be_bytes([l0, l1]));
+        if length == 0 {
+            length = jumbo(packet, at);
+        }
         if version >> 4 != 4 || header < Self::HEADER || (length as usize) < header {
             return Err(DropReason::Malformed);
         }
@@ -124,7 +133,10 @@ impl Parse for V6 {
         if v0 >> 4 != 6 {
             return Err(DropReason::Malformed);
         }
-        let length = u32::from(u16::from_be_bytes([l0, l1])) + 40;
+        let mut length = u32::from(u16::from_be_bytes([l0, l1])) + 40;
+        if length == 40 {
+            length = length.max(jumbo(packet, at));
+        }
         if at as u32 + length > packet.length() {
             return Err(DropReason::Truncated);
         }

@@ -482,6 +482,12 @@ fn segmented(w: &World) -> Vec<Scenario> {
         let value = FlowValue { tx_packets: 4, tx_bytes: bytes, state: CONFIRMED, ..w.flow_value() };
         row.leaves(vec![w.flow_entry(tcp, value)])
     };
+    // Longer than a length field can say.
+    let mut jumbo = Ip::new(w.pod, w.inside).tcp(PORTS, ACK, &[], &vec![7; 70_000]);
+    let at = if w.is_v4() { 2 } else { 4 };
+    jumbo[at..at + 2].copy_from_slice(&[0, 0]);
+    let mut direct = row(w, "BIG TCP that is direct", &jumbo).passes().library_only(REASON);
+    direct.packet.gso_size = 1000;
     let mut exceeds = row(w, "segments are too big", &packet).drops(DropReason::TooBig).library_only(REASON);
     exceeds.packet.gso_size = u32::try_from(size + 1).unwrap_or(0);
     exceeds.packet.gso_segments = 4;
@@ -490,5 +496,6 @@ fn segmented(w: &World) -> Vec<Scenario> {
         gso("segments count", size, 4),
         gso("segments count although nobody has counted them", size, 0),
         exceeds,
+        direct,
     ]
 }
