@@ -249,6 +249,9 @@ fn custom_name(resource: &Resource) -> String {
 
 fn custom_schema(resource: &Resource, prefix: &str) -> Value {
     let mut schema = resource.raw_schema.clone();
+    if prefix == V2_REFERENCE {
+        simplify(&mut schema);
+    }
     let about = |text: &str| json!({"type": "string", "description": text});
     obj::set(&mut schema, &["type"], "object");
     obj::set(
@@ -271,6 +274,34 @@ fn custom_schema(resource: &Resource, prefix: &str) -> Value {
     }
     obj::set(&mut schema, &[GVK], json!([gvk(resource)]));
     schema
+}
+
+/// Version 2 cannot say all that a structural schema says, and old clients refuse fields that it does not name: the real
+/// server publishes the same reduced form.
+fn simplify(schema: &mut Value) {
+    let Value::Object(map) = schema else { return };
+    let is = |name: &str| map.get(name).and_then(Value::as_bool) == Some(true);
+    let (is_open, is_nullable, is_either) =
+        (is("x-kubernetes-preserve-unknown-fields"), is("nullable"), is("x-kubernetes-int-or-string"));
+    let mut dropped =
+        vec!["nullable", "default", "oneOf", "anyOf", "allOf", "not", "x-kubernetes-validations"];
+    if is_open || is_nullable {
+        dropped.extend(["properties", "items", "required", "additionalProperties"]);
+    }
+    if is_nullable || is_either {
+        dropped.push("type");
+    }
+    for name in dropped {
+        map.remove(name);
+    }
+    for name in ["items", "additionalProperties"] {
+        if let Some(child) = map.get_mut(name) {
+            simplify(child);
+        }
+    }
+    if let Some(Value::Object(properties)) = map.get_mut("properties") {
+        properties.values_mut().for_each(simplify);
+    }
 }
 
 fn builtin_schema(name: &str, prefix: &str, wanted: &mut Vec<String>) -> Value {
@@ -327,5 +358,34 @@ fn relink(value: &mut Value, prefix: &str, wanted: &mut Vec<String>) {
         }
         Value::Array(list) => list.iter_mut().for_each(|child| relink(child, prefix, wanted)),
         _ => {}
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn version_2_does_not_close_what_is_open() {
+        let mut schema = json!({
+            "type": "object",
+            "properties": {
+                "open": {
+                    "type": "object", "x-kubernetes-preserve-unknown-fields": true,
+                    "properties": {"a": {"type": "string"}}, "required": ["a"],
+                },
+                "either": {"x-kubernetes-int-or-string": true, "anyOf": [{"type": "integer"}, {"type": "string"}]},
+                "list": {"type": "array", "items": {"type": "string", "nullable": true, "default": "x"}},
+            },
+        });
+        simplify(&mut schema);
+        assert_eq!(
+            schema["properties"],
+            json!({
+                "open": {"type": "object", "x-kubernetes-preserve-unknown-fields": true},
+                "either": {"x-kubernetes-int-or-string": true},
+                "list": {"type": "array", "items": {}},
+            })
+        );
     }
 }
