@@ -6,7 +6,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 
 use super::scheduler::{node_selector_holds, untolerated_taint};
-use super::{Cluster, is_controlled_by, names, number_or_percent, pods};
+use super::{Cluster, each, names, number_or_percent, pods};
 use crate::api::delete::DeleteOptions;
 use crate::api::{ApiResult, obj};
 
@@ -25,17 +25,14 @@ const TOLERATED: [&str; 6] = [
 pub(super) fn pass(cluster: &Cluster) -> ApiResult<Option<Duration>> {
     let all_pods = cluster.list("", "pods")?;
     let nodes = cluster.list("", "nodes")?;
-    for set in cluster.list("apps", "daemonsets")? {
+    let resource = cluster.resource("", "pods")?;
+    each(cluster.list("apps", "daemonsets")?, |set| {
         if obj::is_deleting(&set) {
-            continue;
+            return Ok(());
         }
-        let owned: Vec<Arc<Value>> = all_pods
-            .iter()
-            .filter(|pod| obj::namespace(pod) == obj::namespace(&set) && is_controlled_by(pod, &set))
-            .cloned()
-            .collect();
-        sync(cluster, &set, &owned, &nodes)?;
-    }
+        let owned = cluster.claim(&resource, &set, &all_pods)?;
+        sync(cluster, &set, &owned, &nodes)
+    })?;
     Ok(None)
 }
 

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use super::{Cluster, is_controlled_by, names, number_or_percent, owner_reference, set_condition};
+use super::{Cluster, each, is_controlled_by, names, number_or_percent, owner_reference, set_condition};
 use crate::api::delete::DeleteOptions;
 use crate::api::write::Part;
 use crate::api::{ApiResult, obj};
@@ -17,19 +17,15 @@ const LAST_APPLIED: &str = "kubectl.kubernetes.io/last-applied-configuration";
 pub(super) fn pass(cluster: &Cluster) -> ApiResult<Option<Duration>> {
     let sets = cluster.list("apps", "replicasets")?;
     let pods = cluster.list("", "pods")?;
+    let resource = cluster.resource("apps", "replicasets")?;
     let mut again = None;
-    for deployment in cluster.list("apps", "deployments")? {
-        let owned: Vec<Arc<Value>> = sets
-            .iter()
-            .filter(|set| {
-                obj::namespace(set) == obj::namespace(&deployment) && is_controlled_by(set, &deployment)
-            })
-            .cloned()
-            .collect();
+    each(cluster.list("apps", "deployments")?, |deployment| {
+        let owned = cluster.claim(&resource, &deployment, &sets)?;
         if sync(cluster, &deployment, owned, &pods)? {
             again = Some(Duration::from_secs(1));
         }
-    }
+        Ok(())
+    })?;
     Ok(again)
 }
 

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use super::{Cluster, names, owner_reference, pods};
+use super::{Cluster, each, names, owner_reference, pods};
 use crate::api::delete::DeleteOptions;
 use crate::api::selector::Labels;
 use crate::api::write::Part;
@@ -22,11 +22,11 @@ pub(super) fn pass(cluster: &Cluster) -> ApiResult<Option<Duration>> {
     let all_pods = cluster.list("", "pods")?;
     let nodes = cluster.list("", "nodes")?;
     let slices = cluster.list("discovery.k8s.io", "endpointslices")?;
-    for service in cluster.list("", "services")? {
+    each(cluster.list("", "services")?, |service| {
         let selector = obj::map(&service, &["spec", "selector"]);
         let is_selecting = selector.is_some_and(|selector| !selector.is_empty());
         if obj::is_deleting(&service) || !is_selecting {
-            continue;
+            return Ok(());
         }
         let labels = Labels::from_map(selector);
         let mut selected: Vec<&Arc<Value>> = all_pods
@@ -40,8 +40,8 @@ pub(super) fn pass(cluster: &Cluster) -> ApiResult<Option<Duration>> {
         selected.sort_by_key(|pod| obj::name(pod).to_owned());
         let wanted = slices_of(&service, &selected, &nodes);
         write_slices(cluster, &service, wanted, &slices)?;
-        write_endpoints(cluster, &service, &selected)?;
-    }
+        write_endpoints(cluster, &service, &selected)
+    })?;
     Ok(None)
 }
 

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use serde_json::Value;
 
-use super::Cluster;
+use super::{Cluster, each};
 use crate::api::crd::CLEANUP;
 use crate::api::delete::{DeleteOptions, FOREGROUND, ORPHAN, Propagation};
 use crate::api::registry::{GroupResource, Resource};
@@ -23,9 +23,9 @@ pub(super) fn pass(cluster: &Cluster) -> ApiResult<Option<Duration>> {
             dependents.entry(obj::text(reference, &["uid"])).or_default().push(entry);
         }
     }
-    for (kind, object) in &objects {
+    each(&objects, |(kind, object)| {
         let Ok(resource) = cluster.resource(&kind.group, &kind.resource) else {
-            continue;
+            return Ok(());
         };
         collect(cluster, &resource, object, &by_uid)?;
         if obj::is_deleting(object) {
@@ -35,7 +35,8 @@ pub(super) fn pass(cluster: &Cluster) -> ApiResult<Option<Duration>> {
                 clean_up(cluster, &resource, object)?;
             }
         }
-    }
+        Ok(())
+    })?;
     Ok(None)
 }
 

@@ -28,6 +28,7 @@ use backend::Backend;
 
 use crate::api::delete::DeleteOptions;
 use crate::api::registry::Resource;
+use crate::api::selector::Labels;
 use crate::api::write::Part;
 use crate::api::{ApiResult, ApiServer, obj};
 
@@ -167,6 +168,41 @@ impl Cluster {
         settled(self.backend.rewrite(self.name, resource, namespace, obj::name(object), part, &same))
     }
 
+    /// The objects of a controlling owner: those that it owns and selects. What it owns and does not select any more is
+    /// let go; what it selects and nobody owns is taken.
+    fn claim(
+        &self,
+        resource: &Arc<Resource>,
+        owner: &Value,
+        candidates: &[Arc<Value>],
+    ) -> ApiResult<Vec<Arc<Value>>> {
+        let selector = obj::at(owner, &["spec", "selector"]).unwrap_or(&Value::Null);
+        let labels = Labels::from_object(selector);
+        let mut mine = Vec::new();
+        for one in candidates.iter().filter(|one| obj::namespace(one) == obj::namespace(owner)) {
+            let is_selected = labels.as_ref().is_some_and(|labels| !labels.is_empty() && labels.matches(one));
+            let is_stable = !obj::is_deleting(one) && !obj::is_deleting(owner);
+            match (is_controlled_by(one, owner), is_selected) {
+                (true, false) if is_stable => self.edit(resource, one, Part::Main, &|new| {
+                    let mut left = obj::items(new, &["metadata", "ownerReferences"]).to_vec();
+                    left.retain(|reference| obj::text(reference, &["uid"]) != obj::uid(owner));
+                    obj::set(new, &["metadata", "ownerReferences"], left);
+                })?,
+                (true, _) => mine.push(one.clone()),
+                (false, true) if is_stable && obj::controller(one).is_none() => {
+                    self.edit(resource, one, Part::Main, &|new| {
+                        let mut all = obj::items(new, &["metadata", "ownerReferences"]).to_vec();
+                        all.push(owner_reference(owner));
+                        obj::set(new, &["metadata", "ownerReferences"], all);
+                    })?;
+                    mine.push(one.clone());
+                }
+                (false, _) => {}
+            }
+        }
+        Ok(mine)
+    }
+
     /// Writes `status` if it differs from what the object has.
     fn set_status(&self, resource: &Arc<Resource>, object: &Value, status: &Value) -> ApiResult<()> {
         if object.get("status") == Some(status) {
@@ -208,6 +244,18 @@ impl Cluster {
             tracing::debug!(controller = self.name, %error, reason, "no event");
         }
     }
+}
+
+/// Does all of a pass's items; one that fails does not keep the others from their turn. The first failure counts.
+fn each<T>(items: impl IntoIterator<Item = T>, mut act: impl FnMut(T) -> ApiResult<()>) -> ApiResult<()> {
+    let mut first = Ok(());
+    for item in items {
+        let done = act(item);
+        if first.is_ok() {
+            first = done;
+        }
+    }
+    first
 }
 
 fn settled(written: ApiResult<Arc<Value>>) -> ApiResult<()> {

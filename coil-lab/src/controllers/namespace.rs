@@ -4,18 +4,18 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use super::Cluster;
+use super::{Cluster, each};
 use crate::api::delete::DeleteOptions;
 use crate::api::{ApiResult, obj};
 
 pub(super) fn pass(cluster: &Cluster) -> ApiResult<Option<Duration>> {
-    for namespace in cluster.list("", "namespaces")? {
+    each(cluster.list("", "namespaces")?, |namespace| {
         if obj::is_deleting(&namespace) {
-            empty(cluster, &namespace)?;
+            empty(cluster, &namespace)
         } else {
-            ensure_account(cluster, obj::name(&namespace))?;
+            ensure_account(cluster, obj::name(&namespace))
         }
-    }
+    })?;
     Ok(None)
 }
 

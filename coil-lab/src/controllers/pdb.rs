@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use super::{Cluster, number_or_percent, pods, set_condition};
+use super::{Cluster, each, number_or_percent, pods, set_condition};
 use crate::api::selector::Labels;
 use crate::api::{ApiResult, obj};
 
@@ -14,9 +14,9 @@ pub(super) fn pass(cluster: &Cluster) -> ApiResult<Option<Duration>> {
     let all_pods = cluster.list("", "pods")?;
     let sets = cluster.list("apps", "replicasets")?;
     let resource = cluster.resource("policy", "poddisruptionbudgets")?;
-    for budget in cluster.list("policy", "poddisruptionbudgets")? {
+    each(cluster.list("policy", "poddisruptionbudgets")?, |budget| {
         let selector = obj::at(&budget, &["spec", "selector"]).unwrap_or(&Value::Null);
-        let Some(labels) = Labels::from_object(selector) else { continue };
+        let Some(labels) = Labels::from_object(selector) else { return Ok(()) };
         let selected: Vec<&Arc<Value>> = all_pods
             .iter()
             .filter(|pod| obj::namespace(pod) == obj::namespace(&budget) && labels.matches(pod))
@@ -45,8 +45,8 @@ pub(super) fn pass(cluster: &Cluster) -> ApiResult<Option<Duration>> {
             "disruptionsAllowed": allowed, "expectedPods": expected,
             "observedGeneration": obj::int(&budget, &["metadata", "generation"]).unwrap_or(1),
         });
-        cluster.set_status(&resource, &budget, &status)?;
-    }
+        cluster.set_status(&resource, &budget, &status)
+    })?;
     Ok(None)
 }
 

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use super::{Cluster, is_controlled_by, pods};
+use super::{Cluster, each, pods};
 use crate::api::delete::DeleteOptions;
 use crate::api::{ApiResult, obj};
 
@@ -14,19 +14,19 @@ const BURST: i64 = 50;
 
 pub(super) fn pass(cluster: &Cluster) -> ApiResult<Option<Duration>> {
     let all_pods = cluster.list("", "pods")?;
+    let resource = cluster.resource("", "pods")?;
     let mut again: Option<Duration> = None;
-    for set in cluster.list("apps", "replicasets")? {
-        let owned: Vec<&Arc<Value>> = all_pods
-            .iter()
-            .filter(|pod| obj::namespace(pod) == obj::namespace(&set) && is_controlled_by(pod, &set))
-            .collect();
+    each(cluster.list("apps", "replicasets")?, |set| {
+        let owned = cluster.claim(&resource, &set, &all_pods)?;
+        let owned: Vec<&Arc<Value>> = owned.iter().collect();
         if !obj::is_deleting(&set) {
             scale(cluster, &set, &owned)?;
         }
         if let Some(wait) = write_status(cluster, &set, &owned)? {
             again = Some(again.map_or(wait, |earlier| earlier.min(wait)));
         }
-    }
+        Ok(())
+    })?;
     Ok(again)
 }
 

@@ -74,6 +74,39 @@ async fn deployments_roll_over_without_a_gap() {
 }
 
 #[tokio::test]
+async fn sets_adopt_orphans_and_let_go_of_strangers() {
+    let server = Server::with_nodes(1).await;
+    let api: Api<Deployment> = Api::default_namespaced(server.client.clone());
+    let object = serde_json::from_value(workload("Deployment", json!({"replicas": 1}))).unwrap();
+    api.create(&PostParams::default(), &object).await.unwrap();
+    rolled_out(&api, 1).await;
+    let pods: Api<Pod> = Api::default_namespaced(server.client.clone());
+    let names = async || -> Vec<String> {
+        let list = pods.list(&ListParams::default()).await.unwrap();
+        list.into_iter().map(|pod| pod.metadata.name.unwrap()).collect()
+    };
+    let first = names().await;
+    // A deployment that comes back finds its set and its pod.
+    api.delete("w", &DeleteParams::orphan()).await.unwrap();
+    eventually("the deployment is gone", || async {
+        api.get_opt("w").await.unwrap().is_none().then_some(())
+    })
+    .await;
+    api.create(&PostParams::default(), &object).await.unwrap();
+    rolled_out(&api, 1).await;
+    assert_eq!(names().await, first);
+    // A pod whose labels no longer match is set free and replaced.
+    let relabel = Patch::Merge(json!({"metadata": {"labels": {"app": "suspect"}}}));
+    pods.patch(&first[0], &PatchParams::default(), &relabel).await.unwrap();
+    eventually("the pod is free and has a successor", || async {
+        let freed = pods.get(&first[0]).await.unwrap();
+        let is_free = freed.metadata.owner_references.is_none_or(|list| list.is_empty());
+        (is_free && names().await.len() == 2).then_some(())
+    })
+    .await;
+}
+
+#[tokio::test]
 async fn recreate_ends_all_before_it_starts_any() {
     let server = Server::with_nodes(1).await;
     let api: Api<Deployment> = Api::default_namespaced(server.client.clone());
