@@ -142,3 +142,50 @@ pub(super) const RESPONDER: Bits = Bits {
 pub(super) const fn opens(l4: &L4) -> bool {
     matches!(l4.kind, Kind::Tcp(flags) if flags & (SYN | ACK | RST | FIN) == SYN)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        family::V4,
+        parse::{Parse, l4},
+        testing::{build, memory::Memory},
+    };
+
+    /// A GSO packet of UDP with three and a bit segments, and one of TCP.
+    fn packets() -> [Memory; 2] {
+        let ip = build::Ip::new([10, 1, 0, 2], [192, 0, 2, 2]);
+        let udp = ip.udp((1, 2), &[7; 1000]);
+        let tcp = ip.tcp((1, 2), ACK, &[], &[7; 1000]);
+        [udp, tcp].map(|packet| Memory { bytes: build::ethernet(&packet), gso_size: 300, gso_segments: 0 })
+    }
+
+    #[test]
+    fn segments_are_counted_with_their_headers() -> Result<(), coil_common::stats::DropReason> {
+        for (mut packet, header) in packets().into_iter().zip([28, 40]) {
+            let ip = V4::parse(&mut packet, ETHERNET)?;
+            let l4 = l4::parse(&mut packet, &ip)?;
+            for segments in [0, 4] {
+                packet.gso_segments = segments;
+                let tally = tally(&packet, &ip, &l4, 0, 0);
+                assert_eq!((tally.packets, tally.bytes), (4, 1000 + 4 * header));
+            }
+            // What is larger than the tunnel's packets is the segment, not the whole.
+            assert!(!exceeds(&packet, &ip, &l4, 300 + header + V4::OVERHEAD));
+            assert!(exceeds(&packet, &ip, &l4, 300 + header + V4::OVERHEAD - 1));
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn datagrams_are_cut_and_streams_are_not() -> Result<(), coil_common::stats::DropReason> {
+        for (mut packet, uncut) in packets().into_iter().zip([true, false]) {
+            let ip = V4::parse(&mut packet, ETHERNET)?;
+            let l4 = l4::parse(&mut packet, &ip)?;
+            assert_eq!(is_uncut(&packet, &l4), uncut);
+            packet.gso_size = 0;
+            assert!(!is_uncut(&packet, &l4));
+        }
+        Ok(())
+    }
+}
