@@ -288,3 +288,57 @@ fn foreign_api_server_without_controllers() {
         Ok(())
     });
 }
+
+#[test]
+#[ignore = "privileged: makes network namespaces"]
+fn probes_decide_about_readiness_and_restarts() {
+    run(|| async {
+        let lab = Lab::up(options(Family::V6), |_| {}).await?;
+        let sick = Path::new(paths::ROOT).join("sick");
+        let ready = Path::new(paths::ROOT).join("ready");
+        let serve = format!("exec {} http --address $(POD_IP)", program());
+        let pod = serde_json::json!({
+            "apiVersion": "v1", "kind": "Pod",
+            "metadata": {
+                "name": "server", "namespace": "default", "annotations": { "lab.coil.cybozu.com/run": "true" },
+            },
+            "spec": {
+                "terminationGracePeriodSeconds": 1,
+                "containers": [{
+                    "name": "main", "image": "none", "command": ["sh", "-c", serve],
+                    "env": [{ "name": "POD_IP", "valueFrom": { "fieldRef": { "fieldPath": "status.podIP" } } }],
+                    "ports": [{ "name": "http", "containerPort": 80 }],
+                    "startupProbe": { "tcpSocket": { "port": 7 }, "periodSeconds": 1, "failureThreshold": 20 },
+                    "livenessProbe": {
+                        "exec": { "command": ["test", "!", "-e", sick] }, "periodSeconds": 1, "failureThreshold": 1,
+                    },
+                    "readinessProbe": {
+                        "exec": { "command": ["test", "-e", ready] }, "periodSeconds": 1, "failureThreshold": 1,
+                    },
+                }],
+            },
+        });
+        apply(&lab, &pod.to_string()).await?;
+        let status = || async {
+            let found = get(&lab, &["pod", "server"]).await?;
+            Ok::<_, anyhow::Error>(found["status"]["containerStatuses"].clone())
+        };
+        let is = |what: &'static str, want: &'static dyn Fn(&serde_json::Value) -> bool| {
+            until(what, move || async move {
+                let now = status().await?;
+                anyhow::ensure!(want(&now), "{now}");
+                Ok(())
+            })
+        };
+        is("started, not ready", &|now| now[0]["started"] == true && now[0]["ready"] == false).await?;
+        std::fs::write(&ready, "")?;
+        wait_for(&lab, "condition=Ready", "default", &["pod", "server"]).await?;
+        std::fs::remove_file(&ready)?;
+        is("no longer ready", &|now| now[0]["ready"] == false && now[0]["restartCount"] == 0).await?;
+        std::fs::write(&sick, "")?;
+        is("restarted", &|now| now[0]["restartCount"].as_i64() >= Some(1)).await?;
+        std::fs::remove_file(&sick)?;
+        std::fs::write(&ready, "")?;
+        wait_for(&lab, "condition=Ready", "default", &["pod", "server"]).await
+    });
+}
