@@ -1,5 +1,10 @@
 //! Controllers: rollouts, endpoints, garbage collection, scheduling.
 
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use coil_lab::api::obj;
+use coil_lab::api::store::ChangeKind;
 use k8s_openapi::api::apps::v1::{DaemonSet, Deployment, ReplicaSet};
 use k8s_openapi::api::core::v1::{ConfigMap, Pod, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
@@ -34,9 +39,25 @@ async fn rolled_out(api: &Api<Deployment>, replicas: i32) -> Deployment {
     .await
 }
 
+/// Goes through all changes of pods since a version, with the pods that there were after each.
+fn replay(server: &Server, since: u64, mut check: impl FnMut(&BTreeMap<String, Arc<Value>>)) {
+    let pods = server.api.resource("", "pods").unwrap();
+    let mut present = BTreeMap::new();
+    for change in server.api.store.changes_since(&pods.storage, since).unwrap() {
+        let name = obj::name(&change.object).to_owned();
+        if change.kind == ChangeKind::Deleted {
+            present.remove(&name);
+        } else {
+            present.insert(name, change.object.clone());
+        }
+        check(&present);
+    }
+}
+
 #[tokio::test]
 async fn deployments_roll_over_without_a_gap() {
     let server = Server::with_nodes(2).await;
+    let start = server.api.store.version();
     let api: Api<Deployment> = Api::default_namespaced(server.client.clone());
     let rolling = json!({"replicas": 2, "strategy": {"rollingUpdate": {"maxSurge": 1, "maxUnavailable": 0}}});
     let object = serde_json::from_value(workload("Deployment", rolling)).unwrap();
@@ -60,6 +81,15 @@ async fn deployments_roll_over_without_a_gap() {
     api.patch("w", &PatchParams::default(), &image).await.unwrap();
     let done = rolled_out(&api, 2).await;
     assert_eq!(done.metadata.annotations.unwrap()["deployment.kubernetes.io/revision"], "2");
+    let (mut was_up, mut most) = (false, 0);
+    replay(&server, start, |pods| {
+        let is_up = |pod: &&Arc<Value>| obj::condition_is_true(pod, "Ready") && !obj::is_deleting(pod);
+        let up = pods.values().filter(is_up).count();
+        was_up |= up == 2;
+        assert!(!was_up || up >= 2, "{up} of 2 are up");
+        most = most.max(pods.values().filter(|pod| !obj::is_deleting(pod)).count());
+    });
+    assert_eq!(most, 3, "one more than wished, never two");
     let sets: Api<ReplicaSet> = Api::default_namespaced(server.client.clone());
     assert_eq!(sets.list(&ListParams::default()).await.unwrap().items.len(), 2);
 
@@ -109,6 +139,7 @@ async fn sets_adopt_orphans_and_let_go_of_strangers() {
 #[tokio::test]
 async fn recreate_ends_all_before_it_starts_any() {
     let server = Server::with_nodes(1).await;
+    let start = server.api.store.version();
     let api: Api<Deployment> = Api::default_namespaced(server.client.clone());
     let spec = json!({"replicas": 2, "strategy": {"type": "Recreate"}});
     api.create(&PostParams::default(), &serde_json::from_value(workload("Deployment", spec)).unwrap())
@@ -120,6 +151,14 @@ async fn recreate_ends_all_before_it_starts_any() {
     );
     api.patch("w", &PatchParams::default(), &image).await.unwrap();
     rolled_out(&api, 2).await;
+    let mut generations = BTreeSet::new();
+    replay(&server, start, |pods| {
+        let hashes: BTreeSet<&str> =
+            pods.values().filter_map(|pod| obj::label(pod, "pod-template-hash")).collect();
+        assert!(hashes.len() <= 1, "old and new together: {hashes:?}");
+        generations.extend(hashes.into_iter().map(str::to_owned));
+    });
+    assert_eq!(generations.len(), 2);
 }
 
 #[tokio::test]

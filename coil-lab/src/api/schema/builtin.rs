@@ -149,8 +149,7 @@ const LISTS: &[(&str, &str, &[&str])] = &[
 ];
 
 /// Lists of scalars that merge as sets.
-const SETS: &[(&str, &str)] =
-    &[(OWNER, "finalizers"), ("NodeSpec", "podCIDRs"), ("LoadBalancerStatus", "ingress")];
+const SETS: &[(&str, &str)] = &[(OWNER, "finalizers"), ("NodeSpec", "podCIDRs")];
 
 /// The keys by which elements of a list of a built-in definition merge, if they do.
 pub fn list_keys(definition: &str, field: &str) -> Option<&'static [&'static str]> {
