@@ -132,20 +132,39 @@ mod tests {
             let (low, high) = (MAGLEV_SLOTS / gateways.len(), MAGLEV_SLOTS.div_ceil(gateways.len()));
             prop_assert!(shares.iter().all(|share| (low..=high).contains(share)), "{shares:?}");
         }
+    }
 
-        #[test]
-        fn removal_moves_little_more_than_the_share(gateways in gateways(20), victim in any::<prop::sample::Index>()) {
-            prop_assume!(gateways.len() > 1);
-            let before = table(&gateways);
-            let victim = victim.index(gateways.len());
-            let mut fewer = gateways.clone();
-            fewer.remove(victim);
-            let after = table(&fewer);
-            let moved = (0..MAGLEV_SLOTS)
-                .filter(|&slot| before[slot] != victim && gateways[before[slot]] != fewer[after[slot]])
-                .count();
-            // 509 slots for up to 20 gateways: measured at most a fifth.
-            prop_assert!(moved <= MAGLEV_SLOTS / 4, "{moved} slots of other gateways moved");
+    /// Slots that move from one remaining gateway to another when `victim` goes.
+    fn moved(gateways: &[IpAddr], victim: usize) -> usize {
+        let before = table(gateways);
+        let mut fewer = gateways.to_vec();
+        fewer.remove(victim);
+        let after = table(&fewer);
+        (0..MAGLEV_SLOTS)
+            .filter(|&slot| before[slot] != victim && gateways[before[slot]] != fewer[after[slot]])
+            .count()
+    }
+
+    /// Single sets of gateways can be unlucky, so this looks at the mean over many, always the same.
+    #[test]
+    fn removal_moves_little_more_than_the_share() {
+        for size in 2..20_u64 {
+            let mut total = 0;
+            let mut cases = 0;
+            for set in 0..20 {
+                let mut gateways: Vec<IpAddr> = (0..size)
+                    .map(|n| IpAddr::from(((mix(set << 32 | n) >> 32) as u32).to_be_bytes()))
+                    .collect();
+                gateways.sort_unstable();
+                gateways.dedup();
+                for victim in 0..gateways.len() {
+                    total += moved(&gateways, victim);
+                    cases += 1;
+                }
+            }
+            let mean = total / cases;
+
+            assert!(mean <= MAGLEV_SLOTS / 16, "{size} gateways: {mean} slots of others moved in the mean");
         }
     }
 }
