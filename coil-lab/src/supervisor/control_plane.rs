@@ -114,8 +114,8 @@ pub(super) async fn start(state: &State, assets: &Path) -> anyhow::Result<Contro
             "--bind-address=127.0.0.1".to_owned(),
             format!("--cert-dir={}", folder.join("manager").display()),
             "--leader-elect=false".to_owned(),
-            "--controllers=*,-nodeipam,-node-lifecycle-controller,-cloud-node-lifecycle-controller"
-                .to_owned(),
+            // It would call nodes dead that have no kubelet to renew their leases.
+            "--controllers=*,-node-lifecycle-controller".to_owned(),
             format!("--service-account-private-key-file={}", key.display()),
         ];
         children
