@@ -73,7 +73,6 @@ pub fn down(progress: &impl Fn(&str)) -> Result<(), DownError> {
         }
     };
     let id = state.as_ref().map(|state| state.id.clone());
-    let mounted_bpffs = state.as_ref().is_some_and(|state| state.mounted_bpffs);
     if let Some(mut state) = state {
         let supervisor = state.supervisor.filter(|process| process.alive());
         state.phase = Phase::Stopping;
@@ -99,7 +98,7 @@ pub fn down(progress: &impl Fn(&str)) -> Result<(), DownError> {
             .flatten()
             .any(|entry| !matches!(entry.file_name().to_str(), Some("maps.debug" | "progs.debug")))
     });
-    if mounted_bpffs && !others {
+    if bpffs_is_ours() && !others {
         progress("unmounting the BPF file system");
         keep(match umount2(Path::new(paths::BPFFS), MntFlags::empty()) {
             // EINVAL: no longer mounted. EBUSY: somebody else has begun to use it, so it is no longer ours to remove.
@@ -113,6 +112,13 @@ pub fn down(progress: &impl Fn(&str)) -> Result<(), DownError> {
         first = remove_folder(Path::new(paths::ROOT));
     }
     first
+}
+
+/// Whether the lab has mounted the BPF file system.
+fn bpffs_is_ours() -> bool {
+    let ours = format!("{} {} bpf ", paths::BPFFS_SOURCE, paths::BPFFS);
+    std::fs::read_to_string("/proc/self/mounts")
+        .is_ok_and(|table| table.lines().any(|line| line.starts_with(&ours)))
 }
 
 fn ended(rest: Vec<ProcessId>) -> Result<(), DownError> {

@@ -10,6 +10,8 @@ pub const NETNS_ROOT: &str = "/run/netns";
 pub const NETNS_PREFIX: &str = "coil-lab-";
 /// Mount point of the BPF file system.
 pub const BPFFS: &str = "/sys/fs/bpf";
+/// Source in the mount table where the lab has mounted it, so that `down` knows without any record.
+pub const BPFFS_SOURCE: &str = "coil-lab";
 /// Environment variable that marks every process of the lab; its value is the lab's id.
 pub const MARKER: &str = "COIL_LAB";
 

@@ -35,8 +35,6 @@ pub struct State {
     pub supervisor: Option<ProcessId>,
     /// URL of the API in the root namespace.
     pub api_url: Option<String>,
-    /// Whether the lab mounted the BPF file system, so that `down` unmounts it.
-    pub mounted_bpffs: bool,
 }
 
 /// What can go wrong with the record.

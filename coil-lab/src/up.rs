@@ -97,7 +97,6 @@ pub(crate) async fn up(options: Options, progress: &impl Fn(&str)) -> Result<Sta
         options,
         supervisor: None,
         api_url: None,
-        mounted_bpffs: false,
     };
     state.save()?;
     let done = start(&state, progress).await;

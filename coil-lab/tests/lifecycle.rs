@@ -47,6 +47,8 @@ fn nothing_left() {
     assert!(!Path::new(paths::ROOT).exists());
     assert!(!paths::pins().exists());
     assert!(process::marked(None).is_empty(), "processes: {:?}", process::marked(None));
+    let mounts = std::fs::read_to_string("/proc/self/mounts").unwrap();
+    assert!(!mounts.lines().any(|line| line.starts_with(paths::BPFFS_SOURCE)), "mounts: {mounts}");
 }
 
 /// A pod whose command keeps running, on a node.

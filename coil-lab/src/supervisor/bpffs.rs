@@ -9,12 +9,10 @@ use std::path::Path;
 const BPF_FS_MAGIC: i64 = 0xcafe_4a11;
 
 /// Mounts it unless it is there, and makes a folder per node.
-pub(super) fn prepare(state: &mut State) -> anyhow::Result<()> {
+pub(super) fn prepare(state: &State) -> anyhow::Result<()> {
     let root = Path::new(paths::BPFFS);
     if !is_bpffs(root)? {
-        state.mounted_bpffs = true;
-        state.save()?;
-        mount(Some("bpf"), root, Some("bpf"), MsFlags::empty(), Some("mode=700"))
+        mount(Some(paths::BPFFS_SOURCE), root, Some("bpf"), MsFlags::empty(), Some("mode=700"))
             .with_context(|| format!("cannot mount the BPF file system on {}", root.display()))?;
     }
     for node in &state.topology.nodes {

@@ -85,7 +85,7 @@ async fn run() -> anyhow::Result<()> {
     state.supervisor = ProcessId::own();
     state.save()?;
 
-    bpffs::prepare(&mut state)?;
+    bpffs::prepare(&state)?;
     progress(format!("making the network: {} nodes, a router, an external host", state.topology.nodes.len()));
     topology::apply(&state.topology)?;
     folders(&state)?;
