@@ -38,6 +38,7 @@ impl Image {
         // With an explicit target the flag reaches the program and not the build scripts.
         run(cargo()
             .args(["build", "--release", "--package", "hypercoil", "--target", TARGET])
+            .env("CARGO_PROFILE_RELEASE_STRIP", "debuginfo")
             .env("CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUSTFLAGS", "-Ctarget-feature=+crt-static"))?;
         let program = target_dir().join(TARGET).join("release/hypercoil");
         let output = self.output.clone().unwrap_or_else(|| root().join("target/coil-image.tar"));
