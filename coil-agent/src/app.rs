@@ -25,7 +25,7 @@ use crate::desired::DesiredState;
 use crate::local::{adopt_pods, watch_links};
 use crate::metrics::{GrpcMetrics, StateMetrics, WatchMetrics};
 use crate::netlink::RtNetlink;
-use crate::state::State;
+use crate::state::{Input, State};
 use crate::writer::Writer;
 use crate::{events, watch};
 
@@ -67,7 +67,8 @@ pub async fn run(args: CoildArgs) -> anyhow::Result<()> {
     let client = kube_client::client(NAME).await?;
     let netlink = Arc::new(RtNetlink::new()?);
     let (state, handle, snapshots) = State::new();
-    let datapath = open_datapath(&client, &node, datapath_args).await?;
+    let mut datapath = open_datapath(&client, &node, datapath_args).await?;
+    handle.send(Input::Remembered(datapath.destinations().context("cannot read the datapath")?)).await?;
     registry.register(datapath.collector()?)?;
     let (writer, applied) = Writer::new(datapath, snapshots.clone(), state_metrics);
     let listener = server::bind(&socket)?;

@@ -1,16 +1,17 @@
 //! The one owner of the picture: takes changes of all sources in order, computes what follows and
 //! publishes it when it differs. Bursts coalesce; whoever reads sees the latest.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use ipnet::IpNet;
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::desired::build::{Outcome, Picture};
 use crate::desired::policy::PolicyCache;
-use crate::desired::{DesiredState, PodUid};
+use crate::desired::{DesiredState, EgressName, PodUid};
 use crate::index::{Change, EgressView, NamespaceView, PodView, SliceView};
 use crate::local::LocalPod;
 use crate::netlink::Link;
@@ -21,6 +22,8 @@ const QUEUE: usize = 1024;
 /// A change of the picture.
 #[derive(Debug)]
 pub enum Input {
+    /// What Egresses stood for when the datapath was last changed; comes before all else.
+    Remembered(BTreeMap<EgressName, BTreeSet<IpNet>>),
     /// Pods of this node.
     Pods(Change<PodView>),
     /// Egresses.
@@ -139,6 +142,11 @@ impl State {
     fn take(&mut self, input: Input) -> Option<oneshot::Sender<()>> {
         let picture = &mut self.picture;
         match input {
+            Input::Remembered(egresses) => {
+                for (name, destinations) in egresses {
+                    picture.index.egresses.remember(name, destinations);
+                }
+            }
             Input::Pods(change) => {
                 let gone = picture.index.pods.change(change);
                 self.retire(gone);

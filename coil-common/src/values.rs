@@ -60,6 +60,9 @@ pub struct EgressValue {
 pub const EGRESS_CLIENT_AFFINITY: u32 = 1 << 0;
 /// [`EgressValue::flags`]: the outer source port is derived from the flow (`fouSourcePortAuto`).
 pub const EGRESS_SOURCE_PORT_AUTO: u32 = 1 << 1;
+/// [`EgressValue::flags`]: the Egress is deleted and some pod still names it. What its policies say is
+/// dropped; they stay in the maps, since nobody else knows them once the agent is restarted.
+pub const EGRESS_DELETED: u32 = 1 << 2;
 
 /// Name of an Egress, so that indices survive the agent and a dump can be read; zero-padded.
 #[repr(C)]

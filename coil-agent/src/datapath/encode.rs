@@ -8,10 +8,11 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use coil_common::keys::{POLICY_SET_BITS, PeerKey4, PeerKey6, PolicyKey4, PolicyKey6};
 use coil_common::values::{
-    EGRESS_BLOCK, EGRESS_CLIENT_AFFINITY, EGRESS_DIRECT, EGRESS_SOURCE_PORT_AUTO, EgressNameValue,
-    EgressValue, GATEWAY_DRAINING, GATEWAY_GONE, GATEWAY_READY, GatewayValue, MAGLEV_SLOTS, NO_POLICY,
-    POD_GATEWAY, PodValue, PolicyValue,
+    EGRESS_BLOCK, EGRESS_CLIENT_AFFINITY, EGRESS_DELETED, EGRESS_DIRECT, EGRESS_SOURCE_PORT_AUTO,
+    EgressNameValue, EgressValue, GATEWAY_DRAINING, GATEWAY_GONE, GATEWAY_READY, GatewayValue, MAGLEV_SLOTS,
+    NO_POLICY, POD_GATEWAY, PodValue, PolicyValue,
 };
+use ipnet::IpNet;
 
 use super::maglev;
 use super::state::{MapState, Prefix};
@@ -133,6 +134,33 @@ pub(crate) fn decode_egress_name(value: &EgressNameValue) -> Option<EgressName> 
     }
     (value.namespace[0] != 0)
         .then(|| EgressName { namespace: text(&value.namespace), name: text(&value.name) })
+}
+
+/// Destinations by Egress, as policies of pods in the maps have them; for an agent that starts and has
+/// to know what Egresses stood for that were deleted while it was away, or before.
+pub(crate) fn destinations(maps: &MapState) -> BTreeMap<EgressName, BTreeSet<IpNet>> {
+    let used: BTreeSet<u32> = maps.pods.values().map(|pod| pod.set).collect();
+    let v4 = maps.policy_v4.iter().map(|((length, key), value)| {
+        let length = length.saturating_sub(POLICY_SET_BITS);
+        (key.set, IpAddr::from(key.dst), length, value.egress)
+    });
+    let v6 = maps.policy_v6.iter().map(|((length, key), value)| {
+        let length = length.saturating_sub(POLICY_SET_BITS);
+        (key.set, IpAddr::from(key.dst), length, value.egress)
+    });
+    let mut destinations: BTreeMap<EgressName, BTreeSet<IpNet>> = BTreeMap::new();
+    for (set, address, length, egress) in v4.chain(v6) {
+        if !used.contains(&u32::from_be_bytes(set)) {
+            continue;
+        }
+        // No name has an id that stands for something else than an Egress.
+        let name = maps.egress_names.get(&(egress / 2)).and_then(decode_egress_name);
+        let net = u8::try_from(length).ok().and_then(|length| IpNet::new(address, length).ok());
+        if let (Some(name), Some(net)) = (name, net) {
+            destinations.entry(name).or_default().insert(net.trunc());
+        }
+    }
+    destinations
 }
 
 /// Decodes the address of a gateway's slot, for the family in which it is used.
@@ -267,6 +295,9 @@ fn egress_value(
     if egress.source_port_auto {
         flags |= EGRESS_SOURCE_PORT_AUTO;
     }
+    if egress.deleted {
+        flags |= EGRESS_DELETED;
+    }
     let (addresses, ready): (Vec<IpAddr>, Vec<u16>) = gateways
         .filter(|(_, state)| *state == GatewayState::Ready)
         .filter_map(|(address, _)| Some((address, *slots.get(&address)?)))
@@ -327,7 +358,9 @@ impl Sets<'_> {
             PolicyAction::Direct => EGRESS_DIRECT,
             PolicyAction::Block => EGRESS_BLOCK,
             // An Egress that is not known here cannot be used: fails closed.
-            PolicyAction::Egress(name) => self.ids.get(name).map_or(EGRESS_BLOCK, |id| id * 2 + family),
+            PolicyAction::Egress(name) | PolicyAction::Deleted(name) => {
+                self.ids.get(name).map_or(EGRESS_BLOCK, |id| id * 2 + family)
+            }
         };
         Contents {
             v4: policy

@@ -209,3 +209,47 @@ fn the_table_names_ready_gateways_by_slot() {
     assert_eq!(addresses, [1, 3]);
     assert_eq!(maps.egresses[&1].gateways, 0);
 }
+
+#[test]
+fn a_deleted_egress_keeps_its_destinations_in_the_maps() {
+    let live = state(
+        vec![pod(
+            7,
+            Some(policy(&[
+                ("10.9.0.0/16", PolicyAction::Egress(name("nat"))),
+                ("fd00:9::/32", PolicyAction::Egress(name("nat"))),
+                ("8.8.8.0/24", PolicyAction::Block),
+                ("10.9.1.0/24", PolicyAction::Direct),
+            ])),
+        )],
+        vec![("nat", egress(&["10.9.0.1"], &[]))],
+    );
+    let mut next = 1;
+    let before = encode_ok(&live, &MapState::default(), &mut next);
+    let expected = BTreeMap::from([(
+        name("nat"),
+        BTreeSet::from(["10.9.0.0/16".parse().unwrap(), "fd00:9::/32".parse().unwrap()]),
+    )]);
+    assert_eq!(destinations(&before), expected);
+
+    let deleted = state(
+        vec![pod(
+            7,
+            Some(policy(&[
+                ("10.9.0.0/16", PolicyAction::Deleted(name("nat"))),
+                ("fd00:9::/32", PolicyAction::Deleted(name("nat"))),
+                ("0.0.0.0/0", PolicyAction::Block),
+                ("::/0", PolicyAction::Block),
+            ])),
+        )],
+        vec![("nat", DesiredEgress { deleted: true, ..DesiredEgress::default() })],
+    );
+    let after = encode_ok(&deleted, &before, &mut next);
+    assert_eq!(destinations(&after), expected);
+    assert_eq!((after.egresses[&0].flags, after.egresses[&0].gateways), (EGRESS_DELETED, 0));
+    assert!(after.peers_v4.is_empty());
+
+    // Sets that no pod has are left-overs and say nothing.
+    let unused = MapState { pods: BTreeMap::new(), ..after };
+    assert!(destinations(&unused).is_empty());
+}

@@ -32,7 +32,7 @@ pub(crate) mod internal {
     pub(crate) use super::sys::{Cursor, lookup_batch};
 }
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::net::{Ipv4Addr, Ipv6Addr};
 use std::path::PathBuf;
@@ -40,6 +40,7 @@ use std::path::PathBuf;
 use aya::programs::{ProgramFd, ProgramInfo};
 use coil_common::config::Config;
 use coil_common::names;
+use ipnet::IpNet;
 use nix::time::{ClockId, clock_gettime};
 
 use self::attach::{Attachable, Hook, PodPrograms, link_alive};
@@ -48,7 +49,7 @@ use self::pins::{IfUnmounted, PinFolder};
 use self::stats::{FlowCounts, MapFill, NodeCollector};
 use self::sweep::FlowSweeper;
 use self::writer::Writer;
-use crate::desired::{DesiredState, PodUid};
+use crate::desired::{DesiredState, EgressName, PodUid};
 
 pub use self::attach::{AttachError, AttachMode};
 pub use self::encode::EncodeError;
@@ -267,6 +268,11 @@ impl NodeDatapath {
             loaded,
             _lock: lock,
         })
+    }
+
+    /// Destinations by Egress that policies of pods stand for in the kernel: what an earlier agent knew.
+    pub fn destinations(&mut self) -> Result<BTreeMap<EgressName, BTreeSet<IpNet>>, DatapathError> {
+        Ok(encode::destinations(self.writer.load()?))
     }
 
     /// What the kernel says about a program of the node.

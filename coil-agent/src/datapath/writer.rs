@@ -80,6 +80,15 @@ impl<S: Store, A: Attachments> Writer<S, A> {
         self.maps.as_ref()
     }
 
+    /// Reads the maps unless they are known.
+    pub(crate) fn load(&mut self) -> Result<&MapState, S::Error> {
+        let maps = match self.maps.take() {
+            Some(maps) => maps,
+            None => self.store.dump()?,
+        };
+        Ok(self.maps.insert(maps))
+    }
+
     /// Makes maps and attachments as desired. A failure of one pod's interface is reported and leaves
     /// the others alone; a failure of a map ends the attempt, and the next one reads the maps anew.
     pub(crate) fn apply<E>(&mut self, desired: &DesiredState) -> Result<ApplyReport, E>
@@ -87,10 +96,9 @@ impl<S: Store, A: Attachments> Writer<S, A> {
         E: From<S::Error> + From<A::Error>,
         PodError: From<A::Error>,
     {
-        let old = match self.maps.take() {
-            Some(maps) => maps,
-            None => self.store.dump()?,
-        };
+        self.load()?;
+        // Unknown again until all is done.
+        let old = self.maps.take().unwrap_or_default();
         let highest = old.policy_v4.keys().map(|(_, key)| key.set);
         let highest = highest.chain(old.policy_v6.keys().map(|(_, key)| key.set)).max();
         if let Some(set) = highest.map(u32::from_be_bytes)

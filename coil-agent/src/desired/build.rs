@@ -271,7 +271,7 @@ impl Picture {
             for (prefix, actions) in conflicts(rules) {
                 let egresses = actions.into_iter().filter_map(|action| match action {
                     PolicyAction::Egress(name) => Some(name.clone()),
-                    PolicyAction::Direct | PolicyAction::Block => None,
+                    PolicyAction::Direct | PolicyAction::Deleted(_) | PolicyAction::Block => None,
                 });
                 wish.problems.insert(Problem::Conflict(prefix, egresses.collect()));
             }
@@ -285,7 +285,7 @@ impl Picture {
         let mut names: BTreeSet<EgressName> = BTreeSet::new();
         for policy in policies {
             for action in policy.v4.values().chain(policy.v6.values()) {
-                if let PolicyAction::Egress(name) = action
+                if let PolicyAction::Egress(name) | PolicyAction::Deleted(name) = action
                     && !names.contains(name)
                 {
                     names.insert(name.clone());
@@ -293,11 +293,15 @@ impl Picture {
             }
         }
         for name in names {
-            let mut egress = DesiredEgress::default();
-            if let Found::Live(view) = self.index.egresses.get(&name) {
-                egress.client_affinity = view.client_affinity;
-                egress.source_port_auto = view.source_port_auto;
-            }
+            let Found::Live(view) = self.index.egresses.get(&name) else {
+                desired.egresses.insert(name, DesiredEgress { deleted: true, ..DesiredEgress::default() });
+                continue;
+            };
+            let mut egress = DesiredEgress {
+                client_affinity: view.client_affinity,
+                source_port_auto: view.source_port_auto,
+                ..DesiredEgress::default()
+            };
             for (address, state) in self.index.slices.gateways(&name) {
                 match address {
                     IpAddr::V4(address) => drop(egress.v4.insert(address, state)),
@@ -337,8 +341,11 @@ impl Wish {
     fn misses(&mut self, name: &EgressName, last_destinations: &[IpNet]) {
         self.block();
         let rules = self.rules.get_or_insert_default();
-        rules
-            .extend(last_destinations.iter().map(|destination| Rule::new(*destination, PolicyAction::Block)));
+        rules.extend(
+            last_destinations
+                .iter()
+                .map(|destination| Rule::new(*destination, PolicyAction::Deleted(name.clone()))),
+        );
         self.problems.insert(Problem::MissingEgress(name.clone()));
     }
 

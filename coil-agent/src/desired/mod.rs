@@ -27,7 +27,7 @@ pub type PodUid = String;
 pub struct DesiredState {
     /// Pods of this node whose host-side interface is known.
     pub pods: BTreeMap<PodUid, DesiredPod>,
-    /// Egresses that policies of these pods refer to.
+    /// Egresses that policies of these pods refer to, deleted ones included.
     pub egresses: BTreeMap<EgressName, DesiredEgress>,
     /// True once every watch has finished its first list and local pods are recovered. Until then
     /// nothing that the kernel holds may be deleted.
@@ -72,6 +72,8 @@ pub enum PolicyAction {
     Direct,
     /// They leave through an Egress.
     Egress(EgressName),
+    /// They are dropped: they left through an Egress that is deleted and that the pod still names.
+    Deleted(EgressName),
     /// They are dropped: the pod names an Egress that cannot be resolved.
     Block,
 }
@@ -83,6 +85,8 @@ pub struct DesiredEgress {
     pub client_affinity: bool,
     /// The outer source port follows the flow.
     pub source_port_auto: bool,
+    /// It is deleted: it has no gateways, and what is on its way to it is dropped.
+    pub deleted: bool,
     /// IPv4 addresses of gateways.
     pub v4: BTreeMap<Ipv4Addr, GatewayState>,
     /// IPv6 addresses of gateways.

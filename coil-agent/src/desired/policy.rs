@@ -39,7 +39,7 @@ const fn v4(address: [u8; 4], length: u8) -> IpNet {
 pub struct Rule {
     /// Where packets go to, without host bits.
     pub destination: IpNet,
-    /// What happens to them: an Egress, or `Block`.
+    /// What happens to them: an Egress, a deleted one, or `Block`.
     pub action: PolicyAction,
     /// Destinations that the rule does not hold for.
     pub excluded: Arc<Vec<IpNet>>,
@@ -73,7 +73,8 @@ pub fn compile(rules: &[Rule]) -> Policy {
         by_destination.entry(rule.destination).or_default().push(rule);
     }
     for same in by_destination.values_mut() {
-        // A valid Egress before a block; between two Egresses the name decides, so that all nodes agree.
+        // A valid Egress before a deleted one or a block; between two Egresses the name decides, so that
+        // all nodes agree.
         same.sort_by(|a, b| a.action.cmp(&b.action));
     }
     let mut decisions: BTreeMap<IpNet, PolicyAction> = BTreeMap::new();

@@ -1,4 +1,4 @@
-//! Egresses of the cluster, and what is remembered of deleted ones.
+//! Egresses of the cluster, and what is remembered of deleted ones and of those that were better once.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -135,6 +135,16 @@ impl Egresses {
         self.live.values()
     }
 
+    /// Takes what the datapath has kept of an Egress, before the first list.
+    pub fn remember(&mut self, name: EgressName, destinations: impl IntoIterator<Item = IpNet>) {
+        let view = EgressView {
+            key: ObjectKey::new(&*name.namespace, &*name.name),
+            destinations: destinations.into_iter().collect(),
+            ..EgressView::default()
+        };
+        self.deleted.insert(name, view);
+    }
+
     /// Forgets deleted ones that nobody names.
     pub fn forget_deleted(&mut self, named: &BTreeSet<EgressName>) {
         self.deleted.retain(|name, _| named.contains(name));
@@ -149,11 +159,18 @@ impl Egresses {
     fn apply(&mut self, mut egress: EgressView) {
         let name = egress.name();
         let deleted = self.deleted.remove(&name);
-        if egress.unreadable
-            && let Some(known) = self.live.remove(&name).or(deleted)
-        {
-            // What was known goes on to work; the rest of its clients' packets is stopped.
-            egress = EgressView { unreadable: true, problems: egress.problems, ..known };
+        let known = self.live.remove(&name).or(deleted);
+        // What was known goes on to work; the rest of its clients' packets is stopped.
+        match known {
+            Some(known) if egress.unreadable => {
+                egress = EgressView { unreadable: true, problems: egress.problems, ..known };
+            }
+            Some(known) if !egress.problems.is_empty() => {
+                let lost = known.destinations.into_iter().filter(|net| !egress.destinations.contains(net));
+                let lost: Vec<IpNet> = lost.collect();
+                egress.destinations.extend(lost);
+            }
+            Some(_) | None => {}
         }
         self.live.insert(name, egress);
     }
@@ -192,6 +209,29 @@ mod tests {
         assert!(matches!(egresses.get(&name("b")), Found::Deleted(_)));
         egresses.change(Change::Apply(egress("b", &["3.0.0.0/8"])));
         assert!(matches!(egresses.get(&name("b")), Found::Live(_)));
+    }
+
+    #[test]
+    fn a_bad_change_takes_no_destination_away() {
+        let bad =
+            |destinations: &[&str]| EgressView { problems: vec!["no".into()], ..egress("a", destinations) };
+        let destinations = |egresses: &Egresses| match egresses.get(&name("a")) {
+            Found::Live(view) => view.destinations.iter().map(ToString::to_string).collect::<Vec<_>>(),
+            Found::Deleted(_) | Found::Never => panic!("it is gone"),
+        };
+        let mut egresses = Egresses::default();
+        egresses.change(Change::Apply(egress("a", &["10.9.0.0/16", "1.0.0.0/8"])));
+        for _ in 0..2 {
+            egresses.change(Change::Apply(bad(&["1.0.0.0/8"])));
+            assert_eq!(destinations(&egresses), ["1.0.0.0/8", "10.9.0.0/16"]);
+        }
+        egresses.change(Change::Apply(egress("a", &["2.0.0.0/8"])));
+        assert_eq!(destinations(&egresses), ["2.0.0.0/8"]);
+        // The same after a restart.
+        let mut egresses = Egresses::default();
+        egresses.remember(name("a"), egress("a", &["10.9.0.0/16"]).destinations);
+        egresses.change(Change::Reset { objects: vec![bad(&[])], unreadable: vec![] });
+        assert_eq!(destinations(&egresses), ["10.9.0.0/16"]);
     }
 
     #[test]

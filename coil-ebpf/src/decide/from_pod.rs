@@ -7,9 +7,9 @@ use coil_common::{
     config::Config,
     stats::{Direction, DropReason},
     values::{
-        EGRESS_BLOCK, EGRESS_CLIENT_AFFINITY, EGRESS_DIRECT, EGRESS_SOURCE_PORT_AUTO, EgressValue, FlowValue,
-        GATEWAY_GONE, MAGLEV_SLOTS, NO_POLICY, POD_ANY_SOURCE, POD_GATEWAY, PodValue, STATE_FIN,
-        STATE_REPLY_FIN, STATE_REPLY_RST, STATE_RST,
+        EGRESS_BLOCK, EGRESS_CLIENT_AFFINITY, EGRESS_DELETED, EGRESS_DIRECT, EGRESS_SOURCE_PORT_AUTO,
+        EgressValue, FlowValue, GATEWAY_GONE, MAGLEV_SLOTS, NO_POLICY, POD_ANY_SOURCE, POD_GATEWAY, PodValue,
+        STATE_FIN, STATE_REPLY_FIN, STATE_REPLY_RST, STATE_RST,
     },
 };
 
@@ -217,7 +217,8 @@ fn choose<F: Family, T: NodeTables<F>>(
         }
     }
     if egress.gateways == 0 {
-        return Err(DropReason::NoGateway);
+        let deleted = egress.flags & EGRESS_DELETED != 0;
+        return Err(if deleted { DropReason::EgressUnresolved } else { DropReason::NoGateway });
     }
     value.gateway = u32::from(slot(egress, flow, config));
     let gateway = tables.gateway(value.gateway).ok_or(DropReason::NoGateway)?;

@@ -4,8 +4,9 @@ use anyhow::{Context, Result, ensure};
 use coil_lab::Lab;
 use coil_lab::drive::{apply, get, kubectl, pod, until, wait_for};
 
+use crate::restart::{kill_9, restarts};
 use crate::support::{
-    INTERNET, annotate, blocked, client, direct, egress, ip, ready, remove, scenarios, through,
+    INTERNET, PRIVATE, annotate, blocked, client, direct, egress, ip, ready, remove, scenarios, through,
 };
 
 scenarios! {
@@ -86,25 +87,45 @@ async fn bad_egress_is_refused(lab: &Lab) -> Result<()> {
     remove(lab, &["refused"]).await
 }
 
-/// Deleting an Egress that pods use: their traffic is dropped, not sent as it is.
+/// Deleting an Egress that pods use: their traffic is dropped, not sent as it is; also by agents that
+/// are killed afterwards, as often as one likes.
 async fn deleted_egress_fails_closed(lab: &Lab) -> Result<()> {
     let name = ("gone-client", "client");
-    let manifest = egress("gone", "e", &["203.0.113.0/24", "2001:db8:ffff::/48"], "");
+    let [private_v4, private_v6] =
+        PRIVATE.map(|server| format!("{server}/{}", if server.contains(':') { 128 } else { 32 }));
+    let manifest =
+        egress("gone", "e", &["203.0.113.0/24", "2001:db8:ffff::/48", &private_v4, &private_v6], "");
+    let servers: Vec<_> = INTERNET.into_iter().chain(PRIVATE).map(ip).collect();
     let with_client =
         manifest.clone() + &client(name.0, name.1, "worker2", &[("egress.coil.cybozu.com/gone", "e")]);
     ready(lab, &with_client, ("gone", "e"), name).await?;
-    for server in INTERNET.map(ip) {
+    for &server in &servers {
         through(lab, name, server, ("gone", "e")).await?;
     }
     kubectl(lab, &["delete", "--namespace", "gone", "egress", "e"], "").await?;
-    for server in INTERNET.map(ip) {
+    for &server in &servers {
         until("blocked", || blocked(lab, name, server)).await?;
+    }
+    let agents = ["--namespace", "kube-system", "pod", "--selector", "app.kubernetes.io/component=coild"];
+    for _ in 0..2 {
+        let before = restarts(lab, &agents).await?;
+        let killed = kill_9(lab, &["coild"])?;
+        ensure!(killed >= 2, "only {killed} processes were killed");
+        until("the agents are back", || async {
+            let now = restarts(lab, &agents).await?;
+            ensure!(now >= before + 2, "{before} restarts before, now {now}");
+            Ok(())
+        })
+        .await?;
+        for &server in &servers {
+            blocked(lab, name, server).await?;
+        }
     }
     // Addresses that the Egress never named in private ranges stay reachable.
     direct(lab, name, ip("192.168.201.10")).await?;
     apply(lab, &manifest).await?;
     wait_for(lab, "condition=Ready", "gone", &["egress/e"]).await?;
-    for server in INTERNET.map(ip) {
+    for &server in &servers {
         until("the Egress is back", || through(lab, name, server, ("gone", "e"))).await?;
     }
     let place = pod(name.0, name.1);

@@ -17,7 +17,7 @@ scenarios! {
 }
 
 /// Restarts of the containers of pods, added up.
-async fn restarts(lab: &Lab, arguments: &[&str]) -> Result<i64> {
+pub(crate) async fn restarts(lab: &Lab, arguments: &[&str]) -> Result<i64> {
     let found = get(lab, arguments).await?;
     let items = found["items"].as_array().cloned().unwrap_or_default();
     ensure!(!items.is_empty(), "no pods: {arguments:?}");
@@ -100,7 +100,7 @@ async fn kill_9_loses_no_packet(lab: &Lab) -> Result<()> {
 const TCP: u8 = 6;
 
 /// Kills the lab's processes that run one of these programs; how many they were.
-fn kill_9(lab: &Lab, programs: &[&str]) -> Result<usize> {
+pub(crate) fn kill_9(lab: &Lab, programs: &[&str]) -> Result<usize> {
     let mut killed = 0;
     for entry in std::fs::read_dir("/proc").context("listing processes")? {
         let path = entry?.path();

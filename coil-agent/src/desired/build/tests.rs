@@ -136,9 +136,10 @@ fn a_deleted_egress_keeps_blocking_its_destinations() {
     for _ in 0..2 {
         let done = outcome(&mut picture);
         assert_eq!(action(&done, "1", "0.0.0.0/0"), PolicyAction::Block);
-        assert_eq!(action(&done, "1", "10.9.0.0/16"), PolicyAction::Block);
+        assert_eq!(action(&done, "1", "10.9.0.0/16"), PolicyAction::Deleted(name("x")));
         assert_eq!(problems(&done, "1"), ["missing_egress"]);
-        assert!(done.desired.egresses.is_empty());
+        let gone = &done.desired.egresses[&name("x")];
+        assert!(gone.deleted && gone.v4.is_empty() && gone.v6.is_empty());
     }
     // Once nobody names it, it is forgotten: only the wide block remains for a later client.
     picture.index.pods.change(Change::Apply(pod("a", "1")));
@@ -146,6 +147,32 @@ fn a_deleted_egress_keeps_blocking_its_destinations() {
     picture.index.pods.change(Change::Apply(annotated("a", "1", "x")));
     let done = outcome(&mut picture);
     assert!(!v4(&done, "1").iter().any(|(prefix, _)| prefix == "10.9.0.0/16"));
+}
+
+#[test]
+fn a_deleted_egress_has_no_gateways_whatever_still_runs() {
+    let mut picture = picture(vec![annotated("a", "1", "x")], vec![egress("x", &["8.0.0.0/8"])]);
+    picture.index.slices.change(Change::Apply(SliceView {
+        key: ObjectKey::new("internet", "x-1"),
+        egress: name("x"),
+        gateways: [("10.64.9.9".parse().unwrap(), super::super::GatewayState::Ready)].into(),
+    }));
+    assert_eq!(outcome(&mut picture).desired.egresses[&name("x")].v4.len(), 1);
+    picture.index.egresses.change(Change::Delete(egress("x", &[]).key));
+    assert!(outcome(&mut picture).desired.egresses[&name("x")].v4.is_empty());
+}
+
+#[test]
+fn what_the_datapath_remembers_of_a_deleted_egress_blocks_after_a_restart() {
+    let mut picture = picture(vec![annotated("a", "1", "x,y")], vec![]);
+    let remembered = |net: &str| vec![net.parse().unwrap()];
+    picture.index.egresses.remember(name("x"), remembered("10.9.0.0/16"));
+    picture.index.egresses.remember(name("z"), remembered("10.8.0.0/16"));
+    let done = outcome(&mut picture);
+    assert_eq!(action(&done, "1", "10.9.0.0/16"), PolicyAction::Deleted(name("x")));
+    assert!(!v4(&done, "1").iter().any(|(prefix, _)| prefix == "10.8.0.0/16"));
+    picture.index.egresses.change(Change::Apply(egress("x", &["10.9.0.0/16"])));
+    assert_eq!(action(&outcome(&mut picture), "1", "10.9.0.0/16"), PolicyAction::Egress(name("x")));
 }
 
 #[test]

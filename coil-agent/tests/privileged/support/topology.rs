@@ -203,6 +203,7 @@ impl Topology {
         let egress = DesiredEgress {
             client_affinity: false,
             source_port_auto: true,
+            deleted: false,
             v4: BTreeMap::from([(self.gateway.ipv4, GatewayState::Ready)]),
             v6: BTreeMap::from([(self.gateway.ipv6, GatewayState::Ready)]),
         };

@@ -5,8 +5,8 @@ use std::net::IpAddr;
 use coil_common::{
     stats::{Direction, DropReason},
     values::{
-        EGRESS_SOURCE_PORT_AUTO, FlowValue, GATEWAY_DRAINING, GATEWAY_GONE, GATEWAY_READY, NO_POLICY,
-        POD_ANY_SOURCE, POD_GATEWAY, PodValue, STATE_FIN, STATE_REPLY_FIN, STATE_SYN,
+        EGRESS_DELETED, EGRESS_SOURCE_PORT_AUTO, FlowValue, GATEWAY_DRAINING, GATEWAY_GONE, GATEWAY_READY,
+        NO_POLICY, POD_ANY_SOURCE, POD_GATEWAY, PodValue, STATE_FIN, STATE_REPLY_FIN, STATE_SYN,
     },
 };
 
@@ -365,6 +365,9 @@ fn choices(w: &World) -> Vec<Scenario> {
             .leaves(vec![w.flow_entry((w.pod, w.inside, PORTS, 17), FlowValue { set: SET - 1, ..old })])
             .passes(),
         row(w, "no gateway", &data).and(vec![w.egress_entry(0, 0)]).drops(DropReason::NoGateway),
+        row(w, "a deleted egress", &data)
+            .and(vec![w.egress_entry(EGRESS_DELETED, 0)])
+            .drops(DropReason::EgressUnresolved),
         row(w, "the chosen gateway is gone", &data)
             .and(vec![w.gateway_entry(w.gateway_index(), w.gateway, GENERATION, GATEWAY_GONE)])
             .drops(DropReason::NoGateway),
