@@ -9,6 +9,8 @@ pub const PROGRAM_GATEWAY: &str = "gateway";
 
 /// Pods of this node by index of the host-side interface: `u32` to `PodValue`.
 pub const MAP_PODS: &str = "pods";
+/// Array of `PodSlot`; index: [`pod_slot`].
+pub const MAP_POD_SLOTS: &str = "pod_slots";
 /// Policy by set and IPv4 destination: LPM `PolicyKey4` to `PolicyValue`.
 pub const MAP_POLICY_V4: &str = "policy_v4";
 /// Policy by set and IPv6 destination: LPM `PolicyKey6` to `PolicyValue`.
@@ -49,6 +51,7 @@ pub const MAP_DROPS: &str = "drops";
 /// Maps of a node's programs, `drops` included.
 pub const NODE_MAPS: &[&str] = &[
     MAP_PODS,
+    MAP_POD_SLOTS,
     MAP_POLICY_V4,
     MAP_POLICY_V6,
     MAP_EGRESSES,
@@ -76,6 +79,16 @@ pub const GATEWAY_MAPS: &[&str] = &[
 
 /// Pods of one node.
 pub const MAX_PODS: usize = 4096;
+/// Slots of pods that are found without a search; a power of two.
+pub const POD_SLOTS: usize = 8192;
+
+/// Index into `pod_slots` of an interface.
+#[inline(always)]
+#[must_use]
+pub const fn pod_slot(ifindex: u32) -> u32 {
+    ifindex % POD_SLOTS as u32
+}
+
 /// Policy entries of one node and family.
 pub const MAX_POLICIES: usize = 65_536;
 /// Egress objects that pods of one node use.

@@ -21,6 +21,17 @@ pub struct PodValue {
     pub mtu: u32,
 }
 
+/// A pod once more, where an array finds it without a search: index
+/// [`pod_slot`](crate::names::pod_slot).
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+pub struct PodSlot {
+    /// Index of the interface, 0 if the slot is free. Whoever has another one asks `pods`.
+    pub ifindex: u32,
+    /// The same as in `pods`.
+    pub pod: PodValue,
+}
+
 /// [`PodValue::set`] of a pod without egress policy.
 pub const NO_POLICY: u32 = 0;
 /// [`PodValue::flags`]: the pod is an egress gateway: tunnelled packets are its business.
@@ -111,8 +122,8 @@ pub struct FlowValue {
     pub created: u32,
     /// `STATE_*` bits.
     pub state: u32,
-    /// Zero.
-    pub pad: u32,
+    /// Tick of the datapath's clock when `last_seen` was last looked at.
+    pub tick: u32,
     /// IP packets from the pod.
     pub tx_packets: u64,
     /// IP bytes from the pod, as on the wire: headers counted for each segment of a GSO packet.
@@ -135,8 +146,8 @@ pub struct NatValue4 {
     pub addr: [u8; 4],
     /// Port or ICMP identifier to write.
     pub port: [u8; 2],
-    /// Zero.
-    pub pad: [u8; 2],
+    /// Low half of the tick of the datapath's clock when a packet last took the long way.
+    pub tick: u16,
     /// `STATE_*` bits that this direction has shown.
     pub state: u32,
     /// Seconds since boot of the last packet of this direction.
@@ -159,8 +170,8 @@ pub struct NatValue6 {
     pub addr: [u8; 16],
     /// Port or ICMPv6 identifier to write.
     pub port: [u8; 2],
-    /// Zero.
-    pub pad: [u8; 2],
+    /// Low half of the tick of the datapath's clock when a packet last took the long way.
+    pub tick: u16,
     /// Seconds since boot of the last packet of this direction.
     pub last_seen: u32,
     /// `STATE_*` bits that this direction has shown; first half of a double word in every value, for
@@ -209,6 +220,7 @@ pub struct Counter {
 
 shared! {
     PodValue = 32,
+    PodSlot = 36,
     PolicyValue = 4,
     EgressValue = 1024,
     EgressNameValue = 128,

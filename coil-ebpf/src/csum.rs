@@ -9,8 +9,9 @@
 #[inline(always)]
 #[must_use]
 pub const fn add(a: u32, b: u32) -> u32 {
-    let (sum, carry) = a.overflowing_add(b);
-    sum.wrapping_add(carry as u32)
+    // In double words, which is what registers of BPF are: no branch, no comparison.
+    let sum = a as u64 + b as u64;
+    ((sum & 0xffff_ffff) + (sum >> 32)) as u32
 }
 
 /// Reduces a sum to 16 bits.

@@ -265,7 +265,7 @@ impl Family for V4 {
         NatValue4 {
             addr: addr.to_ne_bytes(),
             port,
-            pad: [0; 2],
+            tick: 0,
             state,
             last_seen: now,
             created: now,
@@ -416,7 +416,7 @@ impl Family for V6 {
         NatValue6 {
             addr: bytes6(*addr),
             port,
-            pad: [0; 2],
+            tick: 0,
             state,
             last_seen: now,
             created: now,

@@ -54,6 +54,9 @@ pub struct TooBig<F: Family> {
 pub trait Build: Family {
     /// Outer headers of a tunnelled packet.
     fn tunnel(tunnel: &Tunnel<Self>) -> Self::Head;
+    /// What such headers add to a sum over the whole packet. The header checksum of IPv4 makes its
+    /// header add nothing.
+    fn weight(head: &Self::Head) -> u32;
     /// IP and ICMP header of an error. Its checksum covers the packet that it quotes only as far as
     /// `quoted` does.
     fn too_big(error: &TooBig<Self>, quoted: u32) -> Self::Head;
@@ -80,7 +83,9 @@ const fn halves(first: [u8; 2], second: [u8; 2]) -> u32 {
 const fn ipv4(tos: u8, length: u16, rest: [u32; 2], src: u32, dst: u32) -> [u32; 5] {
     let first = halves([0x45, tos], length.to_be_bytes());
     let [second, third] = rest;
-    let sum = csum::add(csum::add(first, second), csum::add(third, csum::add(src, dst)));
+    // Five words do not overflow a double word.
+    let sum = first as u64 + second as u64 + third as u64 + src as u64 + dst as u64;
+    let sum = csum::add((sum >> 32) as u32, (sum & 0xffff_ffff) as u32);
     let check = halves([0; 2], csum::finish(sum));
     [first, second, third | check, src, dst]
 }
@@ -114,6 +119,11 @@ impl Build for V4 {
     }
 
     #[inline(always)]
+    fn weight(&[_, _, _, _, _, ports, length]: &[u32; 7]) -> u32 {
+        csum::add(ports, length)
+    }
+
+    #[inline(always)]
     fn too_big(error: &TooBig<Self>, quoted: u32) -> [u32; 7] {
         const LENGTH: u16 = (28 + V4::QUOTE) as u16;
         /// Destination unreachable, fragmentation needed.
@@ -137,6 +147,12 @@ impl Build for V6 {
         let [d0, d1, d2, d3] = tunnel.dst;
         let [f, g] = udp(tunnel);
         [a, b, s0, s1, s2, s3, d0, d1, d2, d3, f, g]
+    }
+
+    #[inline(always)]
+    fn weight(head: &[u32; 12]) -> u32 {
+        let sum = head.iter().fold(0, |sum, word| sum + u64::from(*word));
+        csum::add((sum >> 32) as u32, (sum & 0xffff_ffff) as u32)
     }
 
     #[inline(always)]

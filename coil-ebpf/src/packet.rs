@@ -7,8 +7,22 @@ use crate::parse::{ip, mss};
 /// Length of an Ethernet header. VLAN tags are in the metadata of a packet when TC sees it.
 pub const ETHERNET: usize = 14;
 
+/// The first bytes of a packet, known to be there. What lies behind them reads as zero.
+pub trait View {
+    /// The half word at an offset, in the order of memory.
+    fn half(&self, at: usize) -> u16;
+    /// The word at an offset, in the order of memory.
+    fn word(&self, at: usize) -> u32;
+}
+
 /// A packet from its Ethernet header on.
 pub trait Packet {
+    /// See [`Packet::view`].
+    type View: View;
+
+    /// The first `len` bytes, if they are readable as they are.
+    fn view(&self, len: usize) -> Option<Self::View>;
+
     /// Makes the first `len` bytes readable.
     ///
     /// # Errors

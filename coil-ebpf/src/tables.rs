@@ -40,6 +40,8 @@ pub enum ReserveError {
 pub trait Clock {
     /// Seconds since boot.
     fn now(&self) -> u32;
+    /// A clock that costs nothing to read, in units of some ten milliseconds.
+    fn tick(&self) -> u32;
 }
 
 /// What a node knows.
@@ -71,6 +73,10 @@ pub trait NodeTables<F: Family>: Clock {
     fn restart_flow(&self, flow: Self::Flow);
     /// Counts a packet of a flow.
     fn count_flow(&self, flow: Self::Flow, direction: Direction, tally: &Tally);
+    /// Counts a packet of a flow whose state it does not change.
+    fn hit_flow(&self, flow: Self::Flow, direction: Direction, packets: u32, bytes: u32);
+    /// Counts a packet of an egress; what [`NodeTables::count_egress`] does, without a tally.
+    fn hit_egress(&self, egress: u32, direction: Direction, packets: u32, bytes: u32);
     /// Counts a packet of an egress.
     fn count_egress(&self, egress: u32, direction: Direction, tally: &Tally);
 }
@@ -88,6 +94,8 @@ pub struct Translation<F: Family> {
     pub last_seen: u32,
     /// Some packet was counted.
     pub used: bool,
+    /// Low half of [`Clock::tick`] when [`NatTables::count_entry`] last counted one.
+    pub tick: u16,
 }
 
 /// Who owns the external address and its ports: a gateway its own; later, a node a leased block.
@@ -131,6 +139,8 @@ pub trait NatTables<F: Family>: Clock {
     fn restart(&self, entry: Self::Entry);
     /// Counts a packet of an entry.
     fn count_entry(&self, entry: Self::Entry, tally: &Tally);
+    /// Counts a packet of an entry that one before it in the same tick has brought up to date.
+    fn hit_entry(&self, entry: Self::Entry, packets: u32, bytes: u32);
     /// Counts something.
     fn count_gateway(&self, stat: GatewayStat, packets: u32, bytes: u32);
 }

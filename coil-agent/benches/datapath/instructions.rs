@@ -224,6 +224,8 @@ impl Machine {
             }
             // ktime_get_ns, ktime_get_boot_ns, ktime_get_coarse_ns
             5 | 125 | 160 => 1_000_000_000_000,
+            // jiffies64
+            118 => 4_300_000_000,
             // get_prandom_u32, get_smp_processor_id
             7 | 8 => 4,
             // skb_store_bytes

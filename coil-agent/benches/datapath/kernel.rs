@@ -9,11 +9,23 @@ use aya::{Ebpf, EbpfLoader, VerifierLogLevel};
 
 use crate::scene::Entry;
 
+const BPF_MAP_CREATE: libc::c_int = 0;
 const BPF_MAP_UPDATE_ELEM: libc::c_int = 2;
 const BPF_MAP_DELETE_ELEM: libc::c_int = 3;
 const BPF_PROG_LOAD: libc::c_int = 5;
 const BPF_PROG_TEST_RUN: libc::c_int = 10;
-const PROG_TYPE_SCHED_CLS: u32 = 3;
+
+/// `union bpf_attr` for `BPF_MAP_CREATE`, as far as needed.
+#[repr(C)]
+#[derive(Default)]
+struct CreateAttr {
+    map_type: u32,
+    key_size: u32,
+    value_size: u32,
+    max_entries: u32,
+    map_flags: u32,
+    rest: [u32; 3],
+}
 
 /// `union bpf_attr` for map elements (include/uapi/linux/bpf.h).
 #[repr(C)]
@@ -91,14 +103,8 @@ impl Kernel {
 
     /// Puts an entry into its map.
     pub fn insert(&mut self, entry: &Entry) -> Result<()> {
-        let mut attr = ElementAttr {
-            map_fd: u32::try_from(self.map_fd(entry.map)?)?,
-            key: entry.key.as_ptr() as u64,
-            value: entry.value.as_ptr() as u64,
-            ..ElementAttr::default()
-        };
-        bpf(BPF_MAP_UPDATE_ELEM, &mut attr).with_context(|| format!("writing to {}", entry.map))?;
-        Ok(())
+        update(self.map_fd(entry.map)?, &entry.key, &entry.value)
+            .with_context(|| format!("writing to {}", entry.map))
     }
 
     /// Removes a key, which need not be there.
@@ -140,7 +146,8 @@ impl Kernel {
     }
 }
 
-fn test_run(fd: RawFd, frame: &[u8]) -> Result<(u32, i32)> {
+/// Runs a program once over a frame: nanoseconds, and what it returned.
+pub fn test_run(fd: RawFd, frame: &[u8]) -> Result<(u32, i32)> {
     let mut out = [0_u8; 4096];
     let mut attr = TestAttr {
         prog_fd: u32::try_from(fd)?,
@@ -158,14 +165,42 @@ fn test_run(fd: RawFd, frame: &[u8]) -> Result<(u32, i32)> {
 /// `r0 = -1; exit`.
 fn baseline() -> Result<OwnedFd> {
     let code: [[u8; 8]; 2] = [[0xb7, 0, 0, 0, 0xff, 0xff, 0xff, 0xff], [0x95, 0, 0, 0, 0, 0, 0, 0]];
+    load(&code).context("loading the empty program")
+}
+
+/// Loads a classifier.
+pub fn load(code: &[[u8; 8]]) -> Result<OwnedFd> {
+    const SCHED_CLS: u32 = 3;
     let mut attr = LoadAttr {
-        prog_type: PROG_TYPE_SCHED_CLS,
-        insn_cnt: 2,
+        prog_type: SCHED_CLS,
+        insn_cnt: u32::try_from(code.len())?,
         insns: code.as_ptr() as u64,
         license: c"GPL".as_ptr() as u64,
         ..LoadAttr::default()
     };
-    let fd = bpf(BPF_PROG_LOAD, &mut attr).context("loading the empty program")?;
+    descriptor(bpf(BPF_PROG_LOAD, &mut attr).context("BPF_PROG_LOAD")?)
+}
+
+/// Creates a map with room for some entries.
+pub fn create_map(map_type: u32, key_size: u32, value_size: u32, map_flags: u32) -> Result<OwnedFd> {
+    let mut attr =
+        CreateAttr { map_type, key_size, value_size, max_entries: 64, map_flags, ..CreateAttr::default() };
+    descriptor(bpf(BPF_MAP_CREATE, &mut attr).context("BPF_MAP_CREATE")?)
+}
+
+/// Puts an entry into a map.
+pub fn update(map: RawFd, key: &[u8], value: &[u8]) -> Result<()> {
+    let mut attr = ElementAttr {
+        map_fd: u32::try_from(map)?,
+        key: key.as_ptr() as u64,
+        value: value.as_ptr() as u64,
+        ..ElementAttr::default()
+    };
+    bpf(BPF_MAP_UPDATE_ELEM, &mut attr).context("BPF_MAP_UPDATE_ELEM")?;
+    Ok(())
+}
+
+fn descriptor(fd: libc::c_long) -> Result<OwnedFd> {
     // SAFETY: the kernel has just given us this descriptor and nobody else knows it.
     Ok(unsafe { OwnedFd::from_raw_fd(RawFd::try_from(fd)?) })
 }

@@ -5,6 +5,7 @@
 
 mod instructions;
 mod kernel;
+mod pieces;
 mod scene;
 
 use anyhow::{Context, Result, ensure};
@@ -18,6 +19,10 @@ const RUNS: usize = 20_000;
 const WARM: usize = 2_000;
 
 fn main() -> Result<()> {
+    let asked = |what: &str| std::env::args().any(|argument| argument == what);
+    if asked("pieces") {
+        return blocks();
+    }
     let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../target/bpf/coil-ebpf.o");
     let object =
         std::fs::read(path).with_context(|| format!("reading {path}: run `cargo xtask build-ebpf`"))?;
@@ -36,8 +41,15 @@ fn main() -> Result<()> {
         for entry in scene::entries() {
             machine.insert(entry.map, &entry.key, &entry.value)?;
         }
-        let run =
-            machine.run(path.program, &path.frame, scene::IFINDEX).with_context(|| path.name.clone())?;
+        // A flow is established once it has sent a few packets.
+        let mut run = machine.run(path.program, &path.frame, scene::IFINDEX)?;
+        if path.forget.is_empty() {
+            for _ in 0..3 {
+                run = machine
+                    .run(path.program, &path.frame, scene::IFINDEX)
+                    .with_context(|| path.name.clone())?;
+            }
+        }
         ensure!(
             run.action == path.action,
             "{}: returned {} when counted, not {}",
@@ -47,6 +59,18 @@ fn main() -> Result<()> {
         );
         figure(&format!("{} instructions", path.name), run.instructions as f64, "BPF instructions");
         figure(&format!("{} helpers", path.name), run.helpers as f64, "helper calls");
+    }
+    Ok(())
+}
+
+/// What programs are made of.
+fn blocks() -> Result<()> {
+    let path = scene::paths().into_iter().next().context("no path")?;
+    for (name, first, more) in pieces::measure(&path.frame)? {
+        figure(&format!("{name}, once"), first, "ns");
+        if let Some(more) = more {
+            figure(&format!("{name}, again"), more, "ns");
+        }
     }
     Ok(())
 }

@@ -10,7 +10,7 @@ use coil_common::keys::{
 use coil_common::names;
 use coil_common::values::{
     ClientValue, EgressValue, FlowValue, GATEWAY_READY, GatewayValue, MAGLEV_SLOTS, NatValue4, NatValue6,
-    PodValue, PolicyValue,
+    PodSlot, PodValue, PolicyValue,
 };
 
 /// Index of the interface that `BPF_PROG_TEST_RUN` gives its packets: the loopback device.
@@ -96,18 +96,16 @@ pub fn config() -> Config {
 /// Tables in which each path finds what it looks for.
 pub fn entries() -> Vec<Entry> {
     let [v4, v6] = casts();
-    let mut entries = vec![Entry {
-        map: names::MAP_PODS,
-        key: IFINDEX.to_ne_bytes().into(),
-        value: bytes_of(&PodValue {
-            ipv4: four(v4.client),
-            ipv6: sixteen(v6.client),
-            set: SET,
-            flags: 0,
-            mtu: 1500,
-        })
-        .into(),
-    }];
+    let pod = PodValue { ipv4: four(v4.client), ipv6: sixteen(v6.client), set: SET, flags: 0, mtu: 1500 };
+    let slot = PodSlot { ifindex: IFINDEX, pod };
+    let mut entries = vec![
+        Entry { map: names::MAP_PODS, key: IFINDEX.to_ne_bytes().into(), value: bytes_of(&pod).into() },
+        Entry {
+            map: names::MAP_POD_SLOTS,
+            key: names::pod_slot(IFINDEX).to_ne_bytes().into(),
+            value: bytes_of(&slot).into(),
+        },
+    ];
     for (family, cast) in [v4, v6].iter().enumerate() {
         let family = u32::try_from(family).expect("two families");
         let v4 = cast.client.is_ipv4();

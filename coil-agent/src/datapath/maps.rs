@@ -8,7 +8,7 @@ use coil_common::keys::{PeerKey4, PeerKey6, PolicyKey4, PolicyKey6};
 use coil_common::names;
 use coil_common::stats::{Direction, egress_stat};
 use coil_common::values::{
-    Counter, EgressNameValue, EgressValue, GatewayValue, MAGLEV_SLOTS, PodValue, PolicyValue,
+    Counter, EgressNameValue, EgressValue, GatewayValue, MAGLEV_SLOTS, PodSlot, PodValue, PolicyValue,
 };
 
 use super::encode::{Limits, decode_egress_name};
@@ -32,6 +32,7 @@ pub struct MapAccessError {
 /// All maps that the agent writes.
 pub(crate) struct NodeMaps {
     pods: HashMap<MapData, u32, PodValue>,
+    pod_slots: Array<MapData, PodSlot>,
     policy_v4: LpmTrie<MapData, PolicyKey4, PolicyValue>,
     policy_v6: LpmTrie<MapData, PolicyKey6, PolicyValue>,
     egresses: Array<MapData, EgressValue>,
@@ -63,6 +64,7 @@ impl NodeMaps {
         };
         Ok(Self {
             pods: loaded.map(names::MAP_PODS)?,
+            pod_slots: loaded.map(names::MAP_POD_SLOTS)?,
             policy_v4: loaded.map(names::MAP_POLICY_V4)?,
             policy_v6: loaded.map(names::MAP_POLICY_V6)?,
             egresses,
@@ -78,6 +80,47 @@ impl NodeMaps {
     /// How much fits.
     pub(crate) fn limits(&self) -> Limits {
         self.limits
+    }
+
+    /// Makes the slots hold what `pods` holds: they may have been left behind half-written, or by a
+    /// release that did not know them.
+    pub(crate) fn fill_slots(&mut self) -> Result<(), MapAccessError> {
+        for index in 0..self.pod_slots.len() {
+            let slot = self.pod_slots.get(&index, 0).map_err(read(names::MAP_POD_SLOTS))?;
+            if slot != PodSlot::default() {
+                let current = self.pods.get(&slot.ifindex, 0);
+                if !current.is_ok_and(|pod| pod == slot.pod) {
+                    self.pod_slots.set(index, PodSlot::default(), 0).map_err(remove(names::MAP_POD_SLOTS))?;
+                }
+            }
+        }
+        let pods: Result<Vec<_>, _> = self.pods.iter().collect();
+        for (ifindex, pod) in pods.map_err(read(names::MAP_PODS))? {
+            self.set_slot(ifindex, pod).map_err(write(names::MAP_POD_SLOTS))?;
+        }
+        Ok(())
+    }
+
+    /// Puts a pod into its slot unless another one lives there. The interface is written last, since
+    /// it says that the rest is true.
+    fn set_slot(&mut self, ifindex: u32, pod: PodValue) -> Result<(), MapError> {
+        let index = names::pod_slot(ifindex);
+        let holder = self.pod_slots.get(&index, 0)?.ifindex;
+        if holder == 0 {
+            self.pod_slots.set(index, PodSlot { ifindex: 0, pod }, 0)?;
+        } else if holder != ifindex {
+            return Ok(());
+        }
+        self.pod_slots.set(index, PodSlot { ifindex, pod }, 0)
+    }
+
+    /// Frees the slot of a pod.
+    fn clear_slot(&mut self, ifindex: u32) -> Result<(), MapError> {
+        let index = names::pod_slot(ifindex);
+        if self.pod_slots.get(&index, 0)?.ifindex == ifindex {
+            self.pod_slots.set(index, PodSlot::default(), 0)?;
+        }
+        Ok(())
     }
 
     fn reset_stats(&mut self, id: u32) -> Result<(), MapError> {
@@ -198,8 +241,12 @@ impl Store for NodeMaps {
             MapOp::SetPolicy6(prefix, value) => {
                 self.policy_v6.insert(&key(prefix), value, 0).map_err(write(names::MAP_POLICY_V6))
             }
-            MapOp::SetPod(ifindex, pod) => self.pods.insert(ifindex, pod, 0).map_err(write(names::MAP_PODS)),
+            MapOp::SetPod(ifindex, pod) => {
+                self.pods.insert(ifindex, pod, 0).map_err(write(names::MAP_PODS))?;
+                self.set_slot(ifindex, pod).map_err(write(names::MAP_POD_SLOTS))
+            }
             MapOp::RemovePod(ifindex) => {
+                self.clear_slot(ifindex).map_err(remove(names::MAP_POD_SLOTS))?;
                 absent_is_fine(self.pods.remove(&ifindex)).map_err(remove(names::MAP_PODS))
             }
             MapOp::RemovePolicy4(prefix) => {

@@ -252,7 +252,8 @@ impl NodeDatapath {
             .map(|map| (*map, loaded.capacity(map)))
             .collect();
         let flow_capacity = [loaded.capacity(names::MAP_FLOWS_V4), loaded.capacity(names::MAP_FLOWS_V6)];
-        let maps = NodeMaps::new(&mut loaded)?;
+        let mut maps = NodeMaps::new(&mut loaded)?;
+        maps.fill_slots()?;
         let limits = maps.limits();
         let (seconds, nanoseconds) = monotonic()?;
         // Hundredths of a second: grows faster than sets are made, and lasts for 497 days.

@@ -9,11 +9,12 @@ use aya::programs::ProgramFd;
 use coil_agent::datapath::{Loaded, Role, SkBuff, load, seconds_since_boot, test_run};
 use coil_common::config::Config;
 use coil_common::names::{
-    GATEWAY_MAPS, MAP_DROPS, MAP_EGRESS_STATS, MAP_EGRESSES, MAP_GATEWAY_STATS, MAP_GATEWAYS, NODE_MAPS,
+    GATEWAY_MAPS, MAP_DROPS, MAP_EGRESS_STATS, MAP_EGRESSES, MAP_GATEWAY_STATS, MAP_GATEWAYS, MAP_POD_SLOTS,
+    MAP_PODS, NODE_MAPS, pod_slot,
 };
-use coil_common::values::{Counter, FlowValue, NatValue4, NatValue6};
+use coil_common::values::{Counter, FlowValue, NatValue4, NatValue6, PodSlot, PodValue};
 use coil_ebpf::testing::entries::{Entry, Key, Value};
-use coil_ebpf::testing::scenario::IFINDEX;
+use coil_ebpf::testing::scenario::{AGAIN, IFINDEX, Outcome};
 use coil_ebpf::testing::{Action, Hook, Kernel, Scenario, scenarios};
 
 use crate::support::BpfFs;
@@ -80,6 +81,52 @@ impl Machine {
         scenario.compare(action, &run.packet, &counters, &entries)
     }
 
+    /// Sends the packet again and again: what comes of it, and how many flows were found on the short
+    /// way in the end.
+    fn run_again(&self, net: &NetNs, scenario: &Scenario) -> (Vec<Outcome>, usize) {
+        let now = seconds_since_boot().unwrap();
+        for entry in &scenario.entries {
+            let entry = at(entry, now);
+            self.maps[entry.map].set(&entry.key.0, &entry.value.0);
+            if entry.map == MAP_PODS {
+                let pod: PodValue = entry.value.read();
+                let slot = PodSlot { ifindex: IFINDEX, pod };
+                let key = pod_slot(IFINDEX).to_ne_bytes();
+                self.maps[MAP_POD_SLOTS].set(&key, bytemuck::bytes_of(&slot));
+            }
+        }
+        let program: ProgramFd = self.loaded.program(scenario.hook.program()).unwrap();
+        let context = SkBuff {
+            ifindex: IFINDEX,
+            gso_size: scenario.packet.gso_size,
+            gso_segs: scenario.packet.gso_segments,
+            ..SkBuff::default()
+        };
+        let packet = scenario.packet.bytes.clone();
+        let runs = net.run(move || {
+            (0..AGAIN).map(|_| test_run(&program, &packet, context, 1).unwrap()).collect::<Vec<_>>()
+        });
+        let known = |run: u32| {
+            [Action::Pass, Action::Drop, Action::Back]
+                .into_iter()
+                .find(|action| action.code().cast_unsigned() == run)
+                .unwrap()
+        };
+        // The tables show what is true after the last packet only.
+        let outcomes = runs
+            .iter()
+            .map(|run| Outcome::new(known(run.action), &run.packet, self.counters(), &self.entries()))
+            .collect();
+        let ticked =
+            |entry: &Entry| entry.map.starts_with("flows_") && entry.value.read::<FlowValue>().tick != 0;
+        let hits = self.entries().iter().filter(|entry| ticked(entry)).count();
+        self.clear(scenario);
+        if let Some(slots) = self.maps.get(MAP_POD_SLOTS) {
+            slots.clear(&pod_slot(IFINDEX).to_ne_bytes());
+        }
+        (outcomes, hits)
+    }
+
     /// All counters that are not zero.
     fn counters(&self) -> BTreeMap<(&'static str, u32), Counter> {
         let mut counters = BTreeMap::new();
@@ -125,7 +172,9 @@ impl Machine {
             if [MAP_EGRESSES, MAP_GATEWAYS].contains(name) {
                 let used = scenario.entries.iter().filter(|entry| entry.map == *name);
                 used.for_each(|entry| map.clear(&entry.key.0));
-            } else if ![MAP_DROPS, MAP_EGRESS_STATS, MAP_GATEWAY_STATS, "egress_names"].contains(name) {
+            } else if ![MAP_DROPS, MAP_EGRESS_STATS, MAP_GATEWAY_STATS, MAP_POD_SLOTS, "egress_names"]
+                .contains(name)
+            {
                 map.keys().iter().for_each(|key| map.clear(key));
             }
         }
@@ -178,4 +227,34 @@ fn loaded_programs_agree_with_the_library() {
         }
     }
     assert!(failed.is_empty(), "{} of {total} failed\n{}", failed.len(), failed.join("\n\n"));
+}
+
+#[test]
+#[ignore = "privileged: needs root and the eBPF object"]
+fn packets_of_established_flows_meet_the_same_fate() {
+    let net = NetNs::new("again");
+    let mut groups: BTreeMap<Setting, Vec<Scenario>> = BTreeMap::new();
+    for scenario in scenarios() {
+        if matches!(scenario.kernel, Kernel::Takes) {
+            groups.entry(setting(&scenario)).or_default().push(scenario);
+        }
+    }
+    let mut failed = Vec::new();
+    let mut short = 0;
+    for ((_, _, limit), scenarios) in groups {
+        let machine = Machine::new(scenarios[0].hook, &scenarios[0].config, limit);
+        for scenario in scenarios {
+            let (found, hits) = machine.run_again(&net, &scenario);
+            short += hits;
+            let wanted = scenario.again();
+            // Packets one by one, tables in the end.
+            let same = found.iter().zip(&wanted).all(|(found, wanted)| found.same_packet(wanted));
+            if !same || found.last() != wanted.last() {
+                failed.push(format!("{}:\nfound {found:#?}\nwanted {wanted:#?}", scenario.name));
+            }
+        }
+    }
+    assert!(failed.is_empty(), "{} failed\n{}", failed.len(), failed.join("\n\n"));
+    println!("{short} flows were found on the short way");
+    assert!(short > 10, "only {short} flows were found on the short way");
 }

@@ -133,10 +133,32 @@ fn push<F: Build>(skb: &mut Skb, tunnel: &Tunnel<F>) -> Result<(), DropReason> {
     let flags = u64::from(BPF_F_ADJ_ROOM_FIXED_GSO | l3 | BPF_F_ADJ_ROOM_ENCAP_L4_UDP);
     // SAFETY: the context of a running program is valid.
     match unsafe { bpf_skb_adjust_room(skb.raw, F::OVERHEAD as i32, BPF_ADJ_ROOM_MAC, flags) } {
-        0 => write_head::<F>(skb, &F::tunnel(tunnel)),
+        0 => put_head::<F>(skb, &F::tunnel(tunnel)),
         ALREADY => Err(DropReason::AlreadyEncapsulated),
         _ => Err(DropReason::RewriteFailed),
     }
+}
+
+/// Writes the headers of the tunnel into the room that is there for them, and keeps the sum of a
+/// network card, should there be one, in step.
+#[inline(always)]
+fn put_head<F: Build>(skb: &mut Skb, head: &F::Head) -> Result<(), DropReason> {
+    skb.reload();
+    let target = if F::INDEX == 0 {
+        skb.bytes::<{ V4::OVERHEAD as usize }>(ETHERNET)
+    } else {
+        skb.bytes::<{ V6::OVERHEAD as usize }>(ETHERNET)
+    };
+    let Some(target) = target else {
+        return Err(DropReason::RewriteFailed);
+    };
+    // SAFETY: `bytes` has compared the range, as long as the headers, with the end of the packet.
+    // The helper refuses where no network card has summed the packet, which is as good.
+    unsafe {
+        target.cast::<Aligned<F::Head>>().write(Aligned(*head));
+        bpf_csum_update(skb.raw, F::weight(head));
+    }
+    Ok(())
 }
 
 #[inline(always)]

@@ -3,7 +3,7 @@
 use aya_ebpf::{
     bindings::{BPF_ANY, BPF_F_NO_PREALLOC, BPF_NOEXIST},
     btf_maps::{Array, HashMap, LpmTrie, PerCpuArray},
-    helpers::generated::bpf_ktime_get_coarse_ns,
+    helpers::generated::{bpf_jiffies64, bpf_ktime_get_coarse_ns},
     macros::btf_map,
     maps::lpm_trie::Key,
 };
@@ -16,7 +16,7 @@ use coil_common::{
     stats::{Direction, DropReason, GatewayStat, egress_stat},
     values::{
         ClientValue, Counter, EgressNameValue, EgressValue, FlowValue, GatewayValue, NatValue4, NatValue6,
-        PodValue, PolicyValue,
+        PodSlot, PodValue, PolicyValue,
     },
 };
 use coil_ebpf::{
@@ -30,6 +30,8 @@ const NO_PREALLOC: usize = BPF_F_NO_PREALLOC as usize;
 
 #[btf_map(name = "pods")]
 static PODS: HashMap<u32, PodValue, { names::MAX_PODS }, NO_PREALLOC> = HashMap::new();
+#[btf_map(name = "pod_slots")]
+static POD_SLOTS: Array<PodSlot, { names::POD_SLOTS }> = Array::new();
 #[btf_map(name = "policy_v4")]
 static POLICY_V4: LpmTrie<PolicyKey4, PolicyValue, { names::MAX_POLICIES }, NO_PREALLOC> = LpmTrie::new();
 #[btf_map(name = "policy_v6")]
@@ -76,8 +78,11 @@ pub(super) struct Maps;
 /// The pod behind an interface.
 #[inline(always)]
 pub(super) fn pod(ifindex: u32) -> Option<&'static PodValue> {
-    // SAFETY: without preallocation an entry stays until the program ends, even if it is removed.
-    unsafe { PODS.get(ifindex) }
+    match POD_SLOTS.get(names::pod_slot(ifindex)) {
+        Some(slot) if slot.ifindex == ifindex => Some(&slot.pod),
+        // SAFETY: without preallocation an entry stays until the program ends, even if it is removed.
+        _ => unsafe { PODS.get(ifindex) },
+    }
 }
 
 /// Counts a drop.
@@ -119,6 +124,34 @@ impl Clock for Maps {
         // SAFETY: the helper has no conditions.
         let nanoseconds = unsafe { bpf_ktime_get_coarse_ns() };
         (nanoseconds / 1_000_000_000) as u32
+    }
+
+    #[inline(always)]
+    fn tick(&self) -> u32 {
+        // SAFETY: the helper has no conditions; the kernel puts a load in its place.
+        (unsafe { bpf_jiffies64() } >> TICK_SHIFT) as u32
+    }
+}
+
+/// A tick is sixteen of the kernel's: 16 to 160 milliseconds.
+const TICK_SHIFT: u32 = 4;
+
+/// Counts a packet in a flow, and looks at the clock once a tick.
+#[inline(always)]
+fn hit_flow(flow: *mut FlowValue, direction: Direction, packets: u32, bytes: u32) {
+    // SAFETY: `flow` points to a map value that stays until the program ends.
+    unsafe {
+        let (all, sum) = match direction {
+            Direction::Tx => (&raw mut (*flow).tx_packets, &raw mut (*flow).tx_bytes),
+            Direction::Rx => (&raw mut (*flow).rx_packets, &raw mut (*flow).rx_bytes),
+        };
+        atomic::add(all, u64::from(packets));
+        atomic::add(sum, u64::from(bytes));
+        let tick = Maps.tick();
+        if (*flow).tick != tick {
+            (*flow).tick = tick;
+            (*flow).last_seen = Maps.now();
+        }
     }
 }
 
@@ -230,6 +263,19 @@ macro_rules! node_tables {
             }
 
             #[inline(always)]
+            fn hit_flow(&self, flow: *mut FlowValue, direction: Direction, packets: u32, bytes: u32) {
+                hit_flow(flow, direction, packets, bytes);
+            }
+
+            #[inline(always)]
+            fn hit_egress(&self, egress: u32, direction: Direction, packets: u32, bytes: u32) {
+                if let Some(total) = EGRESS_STATS.get_ptr_mut(egress_stat(egress, direction)) {
+                    // SAFETY: a per-CPU value.
+                    unsafe { add(total, u64::from(packets), u64::from(bytes)) }
+                }
+            }
+
+            #[inline(always)]
             fn count_egress(&self, egress: u32, direction: Direction, tally: &Tally) {
                 if let Some(total) = EGRESS_STATS.get_ptr_mut(egress_stat(egress, direction)) {
                     // SAFETY: a per-CPU value.
@@ -273,6 +319,7 @@ macro_rules! nat_tables {
                         state: (*entry).state,
                         last_seen: (*entry).last_seen,
                         used: (*entry).packets != 0,
+                        tick: (*entry).tick,
                     }
                 }
             }
@@ -319,6 +366,16 @@ macro_rules! nat_tables {
                     atomic::add(&raw mut (*entry).packets, u64::from(tally.packets));
                     atomic::add(&raw mut (*entry).bytes, u64::from(tally.bytes));
                     touch(&raw mut (*entry).last_seen, &raw mut (*entry).state, tally);
+                    (*entry).tick = Maps.tick() as u16;
+                }
+            }
+
+            #[inline(always)]
+            fn hit_entry(&self, entry: *mut $nat, packets: u32, bytes: u32) {
+                // SAFETY: points to a map value that stays until the program ends.
+                unsafe {
+                    atomic::add(&raw mut (*entry).packets, u64::from(packets));
+                    atomic::add(&raw mut (*entry).bytes, u64::from(bytes));
                 }
             }
 

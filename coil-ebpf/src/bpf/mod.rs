@@ -10,10 +10,16 @@ use aya_ebpf::{
     macros::classifier,
     programs::TcContext,
 };
-use coil_common::{config::Config, stats::DropReason, values::PodValue};
+use coil_common::{
+    config::Config,
+    stats::DropReason,
+    values::{NO_POLICY, PodValue},
+};
 use coil_ebpf::{
     decide::{
-        dropped, from_pod,
+        dropped,
+        fast::{self, Usual},
+        from_pod,
         gateway::{self, Direction},
         to_pod,
     },
@@ -41,6 +47,8 @@ impl Outcome {
     const BACK: Self = Self(1);
     const DROP: u64 = 2;
     const TOO_BIG: u64 = 3;
+    /// The short way does not know; nothing has changed.
+    const MISS: u64 = 4;
 
     /// It is dropped.
     #[inline(always)]
@@ -83,9 +91,18 @@ fn from_pod(ctx: TcContext) -> i32 {
     let Some(pod) = maps::pod(skb.ifindex()) else {
         return TC_ACT_UNSPEC;
     };
+    let served = pod.set != NO_POLICY;
     match ethertype(&mut skb) {
-        Ok(EtherType::V4) => finish::<V4>(&mut skb, from_pod_ip::<V4>(&ctx, pod)),
-        Ok(EtherType::V6) => finish::<V6>(&mut skb, from_pod_ip::<V6>(&ctx, pod)),
+        Ok(EtherType::V4) => {
+            let short = if served { fast_from_pod::<V4>(&ctx, pod) } else { Outcome::MISS };
+            let outcome = or(short, || from_pod_ip::<V4>(&ctx, pod));
+            finish::<V4>(&mut skb, outcome)
+        }
+        Ok(EtherType::V6) => {
+            let short = if served { fast_from_pod::<V6>(&ctx, pod) } else { Outcome::MISS };
+            let outcome = or(short, || from_pod_ip::<V6>(&ctx, pod));
+            finish::<V6>(&mut skb, outcome)
+        }
         Ok(EtherType::Other) | Err(_) => TC_ACT_UNSPEC,
     }
 }
@@ -97,9 +114,18 @@ fn to_pod(ctx: TcContext) -> i32 {
     let Some(pod) = maps::pod(skb.ifindex()) else {
         return TC_ACT_UNSPEC;
     };
+    let served = pod.set != NO_POLICY;
     match ethertype(&mut skb) {
-        Ok(EtherType::V4) => finish::<V4>(&mut skb, to_pod_ip::<V4>(&ctx, pod)),
-        Ok(EtherType::V6) => finish::<V6>(&mut skb, to_pod_ip::<V6>(&ctx, pod)),
+        Ok(EtherType::V4) => {
+            let short = if served { fast_to_pod::<V4>(&ctx, pod) } else { Outcome::MISS };
+            let outcome = or(short, || to_pod_ip::<V4>(&ctx, pod));
+            finish::<V4>(&mut skb, outcome)
+        }
+        Ok(EtherType::V6) => {
+            let short = if served { fast_to_pod::<V6>(&ctx, pod) } else { Outcome::MISS };
+            let outcome = or(short, || to_pod_ip::<V6>(&ctx, pod));
+            finish::<V6>(&mut skb, outcome)
+        }
         Ok(EtherType::Other) | Err(_) => TC_ACT_UNSPEC,
     }
 }
@@ -139,6 +165,62 @@ macro_rules! act {
     }};
 }
 
+/// Carries out and counts what the short way decides.
+macro_rules! hit {
+    ($ctx:ident, $decide:expr) => {{
+        let mut skb = Skb::new($ctx);
+        let mut rewrite = Rewrite::new();
+        match $decide(&skb, &mut rewrite) {
+            None => Outcome::MISS,
+            Some(hit) => match apply::rewrite(&mut skb, &rewrite) {
+                Ok(outcome) => {
+                    hit.commit(&Maps);
+                    outcome.0
+                }
+                Err(reason) => Outcome::drop(reason).0,
+            },
+        }
+    }};
+}
+
+/// The outcome of the short way, or if it has none, that of the long one.
+#[inline(always)]
+fn or(short: u64, long: impl FnOnce() -> u64) -> u64 {
+    if short == Outcome::MISS { long() } else { short }
+}
+
+#[inline(never)]
+fn fast_from_pod<F: Usual>(ctx: &TcContext, pod: &PodValue) -> u64
+where
+    Maps: NodeTables<F>,
+{
+    hit!(ctx, |skb: &Skb, rewrite: &mut Rewrite<F>| fast::from_pod(skb, pod, config(), &Maps, rewrite))
+}
+
+#[inline(never)]
+fn fast_to_pod<F: Usual>(ctx: &TcContext, pod: &PodValue) -> u64
+where
+    Maps: NodeTables<F>,
+{
+    hit!(ctx, |skb: &Skb, rewrite: &mut Rewrite<F>| fast::to_pod(skb, pod, config(), &Maps, rewrite))
+}
+
+#[inline(never)]
+fn fast_out<F: Usual>(ctx: &TcContext) -> u64
+where
+    Maps: NatTables<F>,
+{
+    hit!(ctx, |skb: &Skb, rewrite: &mut Rewrite<F>| fast::out(skb, config(), &Maps, rewrite))
+}
+
+#[inline(never)]
+fn fast_back<F: Usual>(ctx: &TcContext) -> u64
+where
+    Maps: NatTables<F>,
+{
+    hit!(ctx, |skb: &Skb, rewrite: &mut Rewrite<F>| fast::back(skb, config(), &Maps, rewrite))
+}
+
 // Each family's part of a program is a function of its own, so that its stack is its own.
 
 #[inline(never)]
@@ -174,13 +256,13 @@ where
 }
 
 #[inline(always)]
-fn gateway_ip<F: Outer + Build>(ctx: &TcContext, skb: &mut Skb) -> u64
+fn gateway_ip<F: Outer + Usual>(ctx: &TcContext, skb: &mut Skb) -> u64
 where
     Maps: NatTables<F>,
 {
     match gateway::direction::<F, _>(skb, config()) {
-        Direction::Out => gateway_out::<F>(ctx),
-        Direction::Back => gateway_back::<F>(ctx),
+        Direction::Out => or(fast_out::<F>(ctx), || gateway_out::<F>(ctx)),
+        Direction::Back => or(fast_back::<F>(ctx), || gateway_back::<F>(ctx)),
         Direction::Neither => Outcome::PASS.0,
     }
 }

@@ -14,7 +14,7 @@ use aya_ebpf::{
 };
 use coil_common::stats::DropReason;
 use coil_ebpf::{
-    packet::{ETHERNET, Packet},
+    packet::{ETHERNET, Packet, View},
     parse::{
         ip::{self, Extensions},
         mss::{self, MssOption},
@@ -112,7 +112,40 @@ impl Skb {
     }
 }
 
+/// The first bytes of a packet, compared with its end.
+pub(super) struct Start {
+    data: usize,
+    len: usize,
+}
+
+impl View for Start {
+    #[inline(always)]
+    fn half(&self, at: usize) -> u16 {
+        if at + 2 > self.len {
+            return 0;
+        }
+        // SAFETY: `view` has compared the range with the end of the packet.
+        unsafe { ((self.data + at) as *const u16).read() }
+    }
+
+    #[inline(always)]
+    fn word(&self, at: usize) -> u32 {
+        if at + 4 > self.len {
+            return 0;
+        }
+        // SAFETY: `view` has compared the range with the end of the packet.
+        unsafe { ((self.data + at) as *const u32).read() }
+    }
+}
+
 impl Packet for Skb {
+    type View = Start;
+
+    #[inline(always)]
+    fn view(&self, len: usize) -> Option<Start> {
+        (self.data + len <= self.end).then_some(Start { data: self.data, len })
+    }
+
     #[inline(always)]
     fn ensure(&mut self, len: usize) -> Result<(), DropReason> {
         if len > MAX_OFFSET {

@@ -1,6 +1,7 @@
 //! One file per hook: headers and tables in, a verdict out.
 
 mod edit;
+pub mod fast;
 pub mod from_pod;
 pub mod gateway;
 pub mod nat;

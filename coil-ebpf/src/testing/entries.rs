@@ -81,16 +81,19 @@ impl Entry {
             let mut value: FlowValue = self.value.read();
             value.last_seen = 0;
             value.created = 0;
+            value.tick = 0;
             entry.value = Value::of(&value);
         } else if self.map.starts_with("nat_") && self.map.ends_with("_v4") {
             let mut value: NatValue4 = self.value.read();
             value.last_seen = 0;
             value.created = 0;
+            value.tick = 0;
             entry.value = Value::of(&value);
         } else if self.map.starts_with("nat_") {
             let mut value: NatValue6 = self.value.read();
             value.last_seen = 0;
             value.created = 0;
+            value.tick = 0;
             entry.value = Value::of(&value);
         }
         entry

@@ -11,7 +11,11 @@ use super::{
 };
 use crate::{
     csum,
-    decide::{dropped, from_pod, gateway, to_pod},
+    decide::{
+        dropped,
+        fast::{self, Usual},
+        from_pod, gateway, to_pod,
+    },
     family::{V4, V6},
     head::Build,
     packet::{ETHERNET, Packet as _},
@@ -55,7 +59,48 @@ pub fn invalid(reason: DropReason, packet: &Memory) -> Option<GatewayStat> {
     }
 }
 
-fn run_family<F: Outer + Build>(
+/// The short way, as a program tries it first.
+fn hit<F: Outer + Usual>(
+    hook: Hook,
+    ifindex: u32,
+    packet: &mut Memory,
+    config: &Config,
+    tables: &Tables,
+) -> Option<Action>
+where
+    Tables: NodeTables<F> + NatTables<F>,
+{
+    let mut rewrite = Rewrite::<F>::new();
+    let pod = || tables.pod(ifindex);
+    match hook {
+        Hook::FromPod => {
+            let hit = fast::from_pod(packet, &pod()?, config, tables, &mut rewrite)?;
+            apply(packet, &rewrite);
+            hit.commit(tables);
+        }
+        Hook::ToPod => {
+            let hit = fast::to_pod(packet, &pod()?, config, tables, &mut rewrite)?;
+            apply(packet, &rewrite);
+            hit.commit(tables);
+        }
+        Hook::Gateway => {
+            let outward = gateway::direction::<F, _>(packet, config);
+            let hit = if matches!(outward, gateway::Direction::Out) {
+                fast::out(packet, config, tables, &mut rewrite)?
+            } else {
+                fast::back(packet, config, tables, &mut rewrite)?
+            };
+            apply(packet, &rewrite);
+            hit.commit(tables);
+        }
+    }
+    Some(match rewrite.way {
+        Way::On => Action::Pass,
+        Way::Back => Action::Back,
+    })
+}
+
+fn run_family<F: Outer + Usual>(
     hook: Hook,
     ifindex: u32,
     packet: &mut Memory,
@@ -65,6 +110,11 @@ fn run_family<F: Outer + Build>(
 where
     Tables: NodeTables<F> + NatTables<F>,
 {
+    if !tables.long_way_only
+        && let Some(action) = hit::<F>(hook, ifindex, packet, config, tables)
+    {
+        return Ok(action);
+    }
     let mut rewrite = Rewrite::<F>::new();
     let pod = tables.pod(ifindex);
     let refusal = match (hook, pod) {

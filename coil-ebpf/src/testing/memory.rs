@@ -1,6 +1,9 @@
 //! A packet and tables in memory.
 
-use std::{cell::RefCell, collections::BTreeMap};
+use std::{
+    cell::{Cell, RefCell},
+    collections::BTreeMap,
+};
 
 use coil_common::{
     names,
@@ -11,7 +14,7 @@ use coil_common::{
 use super::entries::{Bytes, Entry, Key, Value};
 use crate::{
     family::{Family, V4, V6, addr4, addr6},
-    packet::Packet,
+    packet::{Packet, View},
     tables::{Clock, Full, NatTables, NodeTables, ReserveError, Tally, Translation},
 };
 
@@ -34,7 +37,33 @@ impl Memory {
     }
 }
 
+/// The first bytes of a packet.
+#[derive(Clone, Debug)]
+pub struct Start(Vec<u8>);
+
+impl Start {
+    fn read<const N: usize>(&self, at: usize) -> [u8; N] {
+        self.0.get(at..at + N).and_then(|bytes| bytes.try_into().ok()).unwrap_or([0; N])
+    }
+}
+
+impl View for Start {
+    fn half(&self, at: usize) -> u16 {
+        u16::from_ne_bytes(self.read(at))
+    }
+
+    fn word(&self, at: usize) -> u32 {
+        u32::from_ne_bytes(self.read(at))
+    }
+}
+
 impl Packet for Memory {
+    type View = Start;
+
+    fn view(&self, len: usize) -> Option<Start> {
+        self.bytes.get(..len).map(|bytes| Start(bytes.to_vec()))
+    }
+
     fn ensure(&mut self, len: usize) -> Result<(), DropReason> {
         if len <= self.bytes.len() { Ok(()) } else { Err(DropReason::Truncated) }
     }
@@ -70,6 +99,12 @@ impl Packet for Memory {
 pub struct Tables {
     /// Seconds since boot.
     pub now: u32,
+    /// The clock of the short way.
+    pub tick: u32,
+    /// Packets take the long way only.
+    pub long_way_only: bool,
+    /// Packets that took the short way.
+    pub hits: Cell<u32>,
     fixed: BTreeMap<(&'static str, Key), Value>,
     live: RefCell<BTreeMap<(&'static str, Key), Value>>,
     counters: RefCell<BTreeMap<(&'static str, u32), Counter>>,
@@ -80,7 +115,7 @@ impl Tables {
     /// Tables with these entries; the clock shows `now`.
     #[must_use]
     pub fn new(entries: &[Entry], now: u32) -> Self {
-        let mut tables = Self { now, ..Self::default() };
+        let mut tables = Self { now, tick: 77, ..Self::default() };
         for Entry { map, key, value } in entries {
             if is_live(map) {
                 tables.live.borrow_mut().insert((map, key.clone()), value.clone());
@@ -202,6 +237,10 @@ impl Clock for Tables {
     fn now(&self) -> u32 {
         self.now
     }
+
+    fn tick(&self) -> u32 {
+        self.tick
+    }
 }
 
 /// A reference that lives as long as the process: tests are short.
@@ -272,6 +311,19 @@ macro_rules! tables {
                 });
             }
 
+            fn hit_flow(&self, flow: Self::Flow, direction: Direction, packets: u32, bytes: u32) {
+                let state = self.live::<FlowValue>(flow.0, &flow.1).unwrap_or_default().state;
+                let tally = Tally { packets, bytes, now: self.now, state };
+                NodeTables::<$family>::count_flow(self, flow, direction, &tally);
+                self.change::<FlowValue>(flow, |old| old.tick = self.tick);
+            }
+
+            fn hit_egress(&self, egress: u32, direction: Direction, packets: u32, bytes: u32) {
+                let tally = Tally { packets, bytes, now: self.now, state: 0 };
+                NodeTables::<$family>::count_egress(self, egress, direction, &tally);
+                self.hits.set(self.hits.get() + 1);
+            }
+
             fn count_egress(&self, egress: u32, direction: Direction, tally: &Tally) {
                 self.count(
                     names::MAP_EGRESS_STATS,
@@ -308,6 +360,7 @@ macro_rules! tables {
                     state: value.state,
                     last_seen: value.last_seen,
                     used: value.packets != 0,
+                    tick: value.tick,
                 }
             }
 
@@ -341,7 +394,16 @@ macro_rules! tables {
                     old.bytes += u64::from(tally.bytes);
                     old.last_seen = tally.now;
                     old.state |= tally.state;
+                    old.tick = self.tick as u16;
                 });
+            }
+
+            fn hit_entry(&self, entry: Self::Entry, packets: u32, bytes: u32) {
+                self.change::<$nat>(entry, |old| {
+                    old.packets += u64::from(packets);
+                    old.bytes += u64::from(bytes);
+                });
+                self.hits.set(self.hits.get() + 1);
             }
 
             fn count_gateway(&self, stat: GatewayStat, packets: u32, bytes: u32) {

@@ -84,6 +84,40 @@ pub struct Expect {
     pub entries: Vec<Entry>,
 }
 
+/// How often a packet is sent to see that it meets the same fate each time: it has taken the short way
+/// by then, if it ever does.
+pub const AGAIN: usize = 4;
+
+/// What came of a packet.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Outcome {
+    action: Action,
+    packet: Vec<u8>,
+    counters: BTreeMap<(&'static str, u32), Counter>,
+    entries: Vec<Entry>,
+}
+
+impl Outcome {
+    /// Without what may differ from run to run.
+    #[must_use]
+    pub fn new(
+        action: Action,
+        packet: &[u8],
+        counters: BTreeMap<(&'static str, u32), Counter>,
+        entries: &[Entry],
+    ) -> Self {
+        Self { action, packet: interpret::canonical(packet), counters, entries: timeless(entries) }
+    }
+}
+
+impl Outcome {
+    /// The packet and what happened to it are the same.
+    #[must_use]
+    pub fn same_packet(&self, other: &Self) -> bool {
+        self.action == other.action && self.packet == other.packet
+    }
+}
+
 /// A packet, the tables that it meets, and what must come of it.
 #[derive(Clone, Debug)]
 pub struct Scenario {
@@ -118,6 +152,46 @@ impl Scenario {
         }
         let (action, bytes) = interpret::run(self.hook, IFINDEX, &self.packet, &self.config, &tables);
         self.compare(action, &bytes, &tables.counters(), &tables.entries())
+    }
+
+    /// Sends the packet a few times, once with the short way open and once closed, and says what
+    /// differs. Returns how many packets took the short way.
+    ///
+    /// # Errors
+    ///
+    /// What differs, in words.
+    pub fn check_short_way(&self) -> Result<u32, String> {
+        let both = [false, true].map(|long_way_only| {
+            let mut tables = Tables::new(&self.entries, 1000);
+            if let Some((map, entries)) = self.limit {
+                tables.limit(map, entries);
+            }
+            tables.long_way_only = long_way_only;
+            tables
+        });
+        for time in 1..=AGAIN {
+            let [short, long] = both.each_ref().map(|tables| self.outcome(tables));
+            if short != long {
+                return Err(format!("packet {time}, short way {short:#?}\nlong way {long:#?}"));
+            }
+        }
+        Ok(both[0].hits.get())
+    }
+
+    fn outcome(&self, tables: &Tables) -> Outcome {
+        let (action, bytes) = interpret::run(self.hook, IFINDEX, &self.packet, &self.config, tables);
+        Outcome::new(action, &bytes, tables.counters(), &tables.entries())
+    }
+
+    /// What must come of the packet if it is sent [`AGAIN`] times: what the long way makes of it.
+    #[must_use]
+    pub fn again(&self) -> Vec<Outcome> {
+        let mut tables = Tables::new(&self.entries, 1000);
+        if let Some((map, entries)) = self.limit {
+            tables.limit(map, entries);
+        }
+        tables.long_way_only = true;
+        (0..AGAIN).map(|_| self.outcome(&tables)).collect()
     }
 
     /// Compares what came of the packet with what was expected. `counters` holds those of `drops` too,
