@@ -7,6 +7,8 @@ use coil_common::names;
 use coil_runtime::admin::ListenAddr;
 use coil_runtime::telemetry::LogArgs;
 
+use crate::datapath::IcmpLimit;
+
 /// The node agent of Coil: keeps the datapath of this node as Pods and Egresses ask for.
 ///
 /// The datapath goes on when the agent ends. `coild uninstall` takes it away.
@@ -67,6 +69,9 @@ pub struct DatapathArgs {
     /// Egress flows of this node, for each address family, when the maps are made.
     #[arg(long, env = "COIL_MAX_FLOWS", default_value_t = default_flows(), value_parser = clap::value_parser!(u32).range(1024..))]
     pub max_flows: u32,
+    /// ICMP errors to pods.
+    #[command(flatten)]
+    pub icmp: IcmpLimit,
 }
 
 fn default_flows() -> u32 {

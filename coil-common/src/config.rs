@@ -30,9 +30,18 @@ pub struct Config {
     pub flags: u32,
     /// Makes hashes of this boot unpredictable.
     pub seed: u32,
+    /// ICMP errors that may be sent each second and processor; 0 for no limit.
+    pub icmp_rate: u32,
+    /// ICMP errors that may be sent at once after a quiet time, each processor.
+    pub icmp_burst: u32,
 }
+
+/// [`Config::icmp_rate`] unless configured otherwise.
+pub const DEFAULT_ICMP_RATE: u32 = 250;
+/// [`Config::icmp_burst`] unless configured otherwise.
+pub const DEFAULT_ICMP_BURST: u32 = 100;
 
 /// [`Config::flags`]: a gateway derives the outer source port of replies from the flow.
 pub const CONFIG_SOURCE_PORT_AUTO: u32 = 1 << 0;
 
-shared! { Config = 48 }
+shared! { Config = 56 }

@@ -48,6 +48,9 @@ pub const MAP_GATEWAY_STATS: &str = "gateway_stats";
 /// Per-CPU array of `Counter`, index: `DropReason`.
 pub const MAP_DROPS: &str = "drops";
 
+/// Per-CPU array of `Counter`, index: `IcmpStat`.
+pub const MAP_ICMP_STATS: &str = "icmp_stats";
+
 /// Maps of a node's programs, `drops` included.
 pub const NODE_MAPS: &[&str] = &[
     MAP_PODS,
@@ -62,6 +65,7 @@ pub const NODE_MAPS: &[&str] = &[
     MAP_PEERS_V6,
     MAP_FLOWS_V4,
     MAP_FLOWS_V6,
+    MAP_ICMP_STATS,
     MAP_DROPS,
 ];
 
@@ -74,6 +78,7 @@ pub const GATEWAY_MAPS: &[&str] = &[
     MAP_NAT_REVERSE_V4,
     MAP_NAT_REVERSE_V6,
     MAP_GATEWAY_STATS,
+    MAP_ICMP_STATS,
     MAP_DROPS,
 ];
 

@@ -102,6 +102,18 @@ indices! {
     }
 }
 
+indices! {
+    /// What has become of ICMP errors. Each counts as one packet; bytes are not counted.
+    IcmpStat {
+        /// Made by the datapath in place of a dropped packet.
+        Answered = "answered",
+        /// Not made, since too many were made already.
+        Suppressed = "suppressed",
+        /// Not made, since the packet could not be turned into one.
+        Unanswerable = "unanswerable",
+    }
+}
+
 /// Direction of an egress counter, as the pod sees it.
 #[repr(u32)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -39,29 +39,37 @@ pub struct Tunnel<F: Family> {
     pub label: u16,
 }
 
-/// What an ICMP error about a packet that is too big says.
+/// What an ICMP error says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct TooBig<F: Family> {
+pub struct IcmpError<F: Family> {
     /// Who says it.
     pub src: F::Addr,
-    /// The sender of the packet.
+    /// The sender of the packet that it is about.
     pub dst: F::Addr,
-    /// Largest packet that would fit.
+    /// Type and code.
+    pub kind: [u8; 2],
+    /// Largest packet that would fit, 0 if that is not the point.
     pub mtu: u16,
+    /// Bytes of the packet that are quoted.
+    pub quoted: u16,
 }
 
 /// Builds headers.
 pub trait Build: Family {
+    /// Type and code: the packet is too big.
+    const TOO_BIG: [u8; 2];
+    /// Type and code: TTL or hop limit exceeded in transit.
+    const TIME_EXCEEDED: [u8; 2];
+    /// Type and code: communication administratively prohibited.
+    const PROHIBITED: [u8; 2];
+
     /// Outer headers of a tunnelled packet.
     fn tunnel(tunnel: &Tunnel<Self>) -> Self::Head;
     /// What such headers add to a sum over the whole packet. The header checksum of IPv4 makes its
     /// header add nothing.
     fn weight(head: &Self::Head) -> u32;
-    /// IP and ICMP header of an error. Its checksum covers the packet that it quotes only as far as
-    /// `quoted` does.
-    fn too_big(error: &TooBig<Self>, quoted: u32) -> Self::Head;
-    /// Offset of the ICMP checksum in what [`Build::too_big`] returns.
-    const ICMP_CHECK_AT: usize;
+    /// IP and ICMP header of an error; `quote` is the sum of the bytes that it quotes.
+    fn error(error: &IcmpError<Self>, quote: u32) -> Self::Head;
 }
 
 /// A word of a header, in the order of memory.
@@ -105,7 +113,9 @@ const fn udp<F: Family>(tunnel: &Tunnel<F>) -> [u32; 2] {
 }
 
 impl Build for V4 {
-    const ICMP_CHECK_AT: usize = 22;
+    const TOO_BIG: [u8; 2] = [3, 4];
+    const TIME_EXCEEDED: [u8; 2] = [11, 0];
+    const PROHIBITED: [u8; 2] = [3, 13];
 
     #[inline(always)]
     fn tunnel(tunnel: &Tunnel<Self>) -> [u32; 7] {
@@ -124,20 +134,20 @@ impl Build for V4 {
     }
 
     #[inline(always)]
-    fn too_big(error: &TooBig<Self>, quoted: u32) -> [u32; 7] {
-        const LENGTH: u16 = (28 + V4::QUOTE) as u16;
-        /// Destination unreachable, fragmentation needed.
-        const KIND: [u8; 2] = [3, 4];
+    fn error(error: &IcmpError<Self>, quote: u32) -> [u32; 7] {
         let rest = [0, word([ERROR_TTL, V4::ICMP, 0, 0])];
-        let [a, b, c, d, e] = ipv4(ERROR_TOS, LENGTH, rest, error.src, error.dst);
+        let length = error.quoted.wrapping_add(28);
+        let [a, b, c, d, e] = ipv4(ERROR_TOS, length, rest, error.src, error.dst);
         let mtu = halves([0; 2], error.mtu.to_be_bytes());
-        let sum = csum::add(csum::add(halves(KIND, [0; 2]), mtu), quoted);
-        [a, b, c, d, e, halves(KIND, csum::finish(sum)), mtu]
+        let sum = csum::add(csum::add(halves(error.kind, [0; 2]), mtu), quote);
+        [a, b, c, d, e, halves(error.kind, csum::finish(sum)), mtu]
     }
 }
 
 impl Build for V6 {
-    const ICMP_CHECK_AT: usize = 42;
+    const TOO_BIG: [u8; 2] = [2, 0];
+    const TIME_EXCEEDED: [u8; 2] = [3, 0];
+    const PROHIBITED: [u8; 2] = [1, 1];
 
     #[inline(always)]
     fn tunnel(tunnel: &Tunnel<Self>) -> [u32; 12] {
@@ -156,20 +166,18 @@ impl Build for V6 {
     }
 
     #[inline(always)]
-    fn too_big(error: &TooBig<Self>, quoted: u32) -> [u32; 12] {
-        const LENGTH: u16 = (8 + V6::QUOTE) as u16;
-        /// Packet too big.
-        const KIND: [u8; 2] = [2, 0];
-        let [a, b] = ipv6(ERROR_TOS, 0, LENGTH, V6::ICMP, ERROR_TTL);
+    fn error(error: &IcmpError<Self>, quote: u32) -> [u32; 12] {
+        let length = error.quoted.wrapping_add(8);
+        let [a, b] = ipv6(ERROR_TOS, 0, length, V6::ICMP, ERROR_TTL);
         let [s0, s1, s2, s3] = error.src;
         let [d0, d1, d2, d3] = error.dst;
         let mtu = halves([0; 2], error.mtu.to_be_bytes());
         let pseudo = csum::add(
             csum::add(V6::sum(&error.src), V6::sum(&error.dst)),
-            halves(LENGTH.to_be_bytes(), [0, V6::ICMP]),
+            halves(length.to_be_bytes(), [0, V6::ICMP]),
         );
-        let sum = csum::add(csum::add(halves(KIND, [0; 2]), mtu), csum::add(pseudo, quoted));
-        let kind = halves(KIND, csum::finish(sum));
+        let sum = csum::add(csum::add(halves(error.kind, [0; 2]), mtu), csum::add(pseudo, quote));
+        let kind = halves(error.kind, csum::finish(sum));
         [a, b, s0, s1, s2, s3, d0, d1, d2, d3, kind, mtu]
     }
 }

@@ -4,12 +4,16 @@
 //! first, then corrects checksums, then removes outer headers, then adds new ones: so no offset
 //! ever moves under its user.
 
-use coil_common::{config::Config, stats::DropReason};
+use coil_common::{
+    config::{CONFIG_SOURCE_PORT_AUTO, Config},
+    stats::DropReason,
+};
 
 use crate::{
     csum,
     family::Family,
-    head::{TooBig, Tunnel},
+    flow::{AUTO_PORT_FIRST, AUTO_PORTS, Hash},
+    head::{Build, IcmpError, Tunnel},
     packet::{ETHERNET, Packet},
     parse::{Ip, mss::MssEdit},
 };
@@ -23,7 +27,7 @@ pub enum Verdict<A> {
     /// would not fit on the small stack of a kernel program), and is counted.
     Rewrite(A),
     /// It is dropped, and its sender gets an ICMP error.
-    TooBig(Refusal),
+    Refuse(Refusal),
 }
 
 /// The verdict, or why the packet is dropped.
@@ -164,28 +168,135 @@ impl<F: Family> Default for Rewrite<F> {
     }
 }
 
-/// An ICMP error in place of a packet: the packet is cut after [`Family::QUOTE`] bytes of IP, headers
-/// go in front, and it leaves as [`Way::Back`]. It comes from the address of the configuration, or,
-/// if there is none, from where the packet was going.
+/// A packet is dropped and its sender is told by ICMP.
+///
+/// Errors about ICMP errors and about later fragments are forbidden: whoever refuses has to know
+/// that it is about neither.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Refusal {
-    /// Length of the IP header that is quoted, extension headers included. It follows the Ethernet
-    /// header.
-    pub header: usize,
-    /// Largest packet that would fit.
-    pub mtu: u16,
+    /// Why it is dropped, for the counters.
+    pub reason: DropReason,
+    /// What its sender is told.
+    pub answer: Answer,
 }
 
 impl Refusal {
-    /// What the error about `packet` says.
+    /// The packet does not fit; `mtu` bytes would.
+    #[inline(always)]
+    #[must_use]
+    pub const fn too_big<F: Build>(ip: &Ip<F>, mtu: u32) -> Self {
+        let mtu = if mtu > 0xffff { 0xffff } else { mtu as u16 };
+        Self { reason: DropReason::TooBig, answer: Answer { at: ip.at as u16, kind: F::TOO_BIG, mtu } }
+    }
+
+    /// Its TTL or hop limit is used up.
+    #[inline(always)]
+    #[must_use]
+    pub const fn time_exceeded<F: Build>(ip: &Ip<F>) -> Self {
+        let answer = Answer { at: ip.at as u16, kind: F::TIME_EXCEEDED, mtu: 0 };
+        Self { reason: DropReason::TtlExceeded, answer }
+    }
+
+    /// It is not let through for `reason`: "communication administratively prohibited".
+    #[inline(always)]
+    #[must_use]
+    pub const fn prohibited<F: Build>(ip: &Ip<F>, reason: DropReason) -> Self {
+        Self { reason, answer: Answer { at: ip.at as u16, kind: F::PROHIBITED, mtu: 0 } }
+    }
+}
+
+/// An ICMP error in place of a packet: headers before the packet that it is about are removed, at
+/// most [`Family::QUOTE`] bytes of that are kept, and IP and ICMP headers go in front. It leaves as
+/// [`Way::Back`]; if the packet was tunnelled, so is the error.
+///
+/// It comes from the address of the configuration, or, if there is none, from where the packet was
+/// going.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Answer {
+    /// Offset of the packet that it is about.
+    pub at: u16,
+    /// Type and code.
+    pub kind: [u8; 2],
+    /// Largest packet that would fit, 0 if that is not the point.
+    pub mtu: u16,
+}
+
+impl Answer {
+    /// As a number of 48 bits, for a function that can return nothing else.
+    #[inline(always)]
+    #[must_use]
+    pub const fn pack(&self) -> u64 {
+        let kind = u16::from_ne_bytes(self.kind) as u64;
+        (self.at as u64) | (kind << 16) | ((self.mtu as u64) << 32)
+    }
+
+    /// The inverse of [`Answer::pack`].
+    #[inline(always)]
+    #[must_use]
+    pub const fn unpack(packed: u64) -> Self {
+        Self {
+            at: (packed & 0xffff) as u16,
+            kind: ((packed >> 16 & 0xffff) as u16).to_ne_bytes(),
+            mtu: (packed >> 32 & 0xffff) as u16,
+        }
+    }
+
+    /// What the error says if `quoted` bytes are quoted.
     ///
     /// # Errors
     ///
-    /// [`DropReason::Truncated`] if the packet has no IP header.
+    /// [`DropReason::Truncated`] if the packet that it is about has no whole IP header.
     #[inline(always)]
-    pub fn error<F: Family, P: Packet>(&self, packet: &P, config: &Config) -> Result<TooBig<F>, DropReason> {
+    pub fn error<F: Family, P: Packet>(
+        &self,
+        packet: &P,
+        config: &Config,
+        quoted: u16,
+    ) -> Result<IcmpError<F>, DropReason> {
+        let at = usize::from(self.at);
         let own = F::of_config(config);
-        let from = if F::is_zero(&own) { F::load(packet, ETHERNET + F::DST_AT)? } else { own };
-        Ok(TooBig { src: from, dst: F::load(packet, ETHERNET + F::SRC_AT)?, mtu: self.mtu })
+        let src = if F::is_zero(&own) { F::load(packet, at + F::DST_AT)? } else { own };
+        let dst = F::load(packet, at + F::SRC_AT)?;
+        Ok(IcmpError { src, dst, kind: self.kind, mtu: self.mtu, quoted })
+    }
+
+    /// The tunnel that an error to `to` takes if the packet came by one.
+    #[inline(always)]
+    pub fn tunnel<F: Family>(&self, config: &Config, to: &F::Addr, quoted: u16) -> Option<Tunnel<F>> {
+        if usize::from(self.at) == ETHERNET {
+            return None;
+        }
+        let hash = Hash::of_client::<F>(to);
+        Some(Tunnel {
+            src: F::of_config(config),
+            dst: *to,
+            src_port: source_port(config.flags & CONFIG_SOURCE_PORT_AUTO != 0, hash, config),
+            dst_port: config.fou_port,
+            ecn: 0,
+            inner: quoted.wrapping_add((F::HEADER + 8) as u16),
+            label: hash.bits16(),
+        })
+    }
+}
+
+/// The outer source port of a flow.
+#[inline(always)]
+pub(crate) fn source_port(auto: bool, hash: Hash, config: &Config) -> [u8; 2] {
+    if auto { (AUTO_PORT_FIRST + hash.below(AUTO_PORTS)).to_be_bytes() } else { config.fou_port }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn answers_survive_packing() {
+        for (at, mtu) in [(14, 0), (70, 1280), (0xffff, 0xffff)] {
+            for kind in [[3, 4], [1, 1], [0xff, 0xff]] {
+                let answer = Answer { at, kind, mtu };
+                assert_eq!(Answer::unpack(answer.pack()), answer);
+                assert!(answer.pack() >> 48 == 0);
+            }
+        }
     }
 }

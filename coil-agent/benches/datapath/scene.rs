@@ -90,6 +90,7 @@ pub fn config() -> Config {
         mtu: 1500,
         flags: 0,
         seed: 1,
+        ..Config::default()
     }
 }
 

@@ -6,6 +6,7 @@
 
 mod attach;
 mod encode;
+mod icmp;
 mod loader;
 mod maglev;
 mod maps;
@@ -53,6 +54,7 @@ use crate::desired::{DesiredState, EgressName, PodUid};
 
 pub use self::attach::{AttachError, AttachMode};
 pub use self::encode::EncodeError;
+pub use self::icmp::IcmpLimit;
 pub use self::loader::{LoadError, Loaded, Role, load};
 pub use self::maps::MapAccessError;
 pub use self::pins::PinError;
@@ -71,6 +73,8 @@ pub struct NodeOptions {
     pub node_ipv6: Option<Ipv6Addr>,
     /// Capacity of the table of egress flows, for each family.
     pub max_flows: u32,
+    /// Bounds of ICMP errors.
+    pub icmp: IcmpLimit,
 }
 
 /// What [`Datapath::apply`] did.
@@ -224,16 +228,17 @@ impl NodeDatapath {
 
     /// The same with a way of attaching other than the kernel's best; for tests of the other way.
     pub fn open_with(options: NodeOptions, mode: Option<AttachMode>) -> Result<Self, DatapathError> {
-        let NodeOptions { bpffs_root, fou_port, node_ipv4, node_ipv6, max_flows } = options;
+        let NodeOptions { bpffs_root, fou_port, node_ipv4, node_ipv6, max_flows, icmp } = options;
         let folder = PinFolder::open(&bpffs_root, IfUnmounted::Refuse)?;
         let lock = folder.lock()?;
-        let config = Config {
+        let mut config = Config {
             ipv4: node_ipv4.map_or([0; 4], |address| address.octets()),
             ipv6: node_ipv6.map_or([0; 16], |address| address.octets()),
             fou_port: fou_port.to_be_bytes(),
             seed: boot_seed()?,
             ..Config::default()
         };
+        icmp.apply(&mut config);
         let sizes = [(names::MAP_FLOWS_V4, max_flows), (names::MAP_FLOWS_V6, max_flows)];
         let mut loaded = load(Role::Node, folder.maps(), &config, &sizes)?;
         let attachable = |name, hook| -> Result<_, LoadError> {

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use aya::maps::{Array, Map, MapData, MapError, PerCpuArray};
 use coil_common::names;
-use coil_common::stats::{Direction, DropReason, egress_stat};
+use coil_common::stats::{Direction, DropReason, IcmpStat, egress_stat};
 use coil_common::values::{Counter, EgressNameValue, GATEWAY_GONE};
 use prometheus::core::{Collector, Desc};
 use prometheus::proto::MetricFamily;
@@ -64,12 +64,14 @@ pub(crate) fn gauge(value: usize) -> i64 {
 /// Drops by reason, as both roles export them.
 pub(crate) struct DropCounters {
     map: PerCpuArray<MapData, Counter>,
+    icmp: PerCpuArray<MapData, Counter>,
 }
 
 /// Families of [`DropCounters`].
 pub(crate) struct DropFamilies {
     packets: IntCounterVec,
     bytes: IntCounterVec,
+    icmp: IntCounterVec,
 }
 
 impl DropFamilies {
@@ -77,17 +79,20 @@ impl DropFamilies {
         Self {
             packets: counters("coil_drops_total", "Packets dropped by the datapath.", &["reason"]),
             bytes: counters("coil_drop_bytes_total", "IP bytes dropped by the datapath.", &["reason"]),
+            icmp: counters("coil_icmp_errors_total", "ICMP errors of the datapath.", &["result"]),
         }
     }
 
-    pub(crate) fn all(&self) -> [&dyn Collector; 2] {
-        [&self.packets, &self.bytes]
+    pub(crate) fn all(&self) -> [&dyn Collector; 3] {
+        [&self.packets, &self.bytes, &self.icmp]
     }
 }
 
 impl DropCounters {
     pub(crate) fn open(folder: &Path) -> Result<Self, LoadError> {
-        Ok(Self { map: open_pinned(folder, names::MAP_DROPS)? })
+        let (map, icmp) =
+            (open_pinned(folder, names::MAP_DROPS)?, open_pinned(folder, names::MAP_ICMP_STATS)?);
+        Ok(Self { map, icmp })
     }
 
     /// Drops for one reason.
@@ -100,6 +105,10 @@ impl DropCounters {
             let drops = self.read(*reason)?;
             families.packets.with_label_values(&[reason.name()]).inc_by(drops.packets);
             families.bytes.with_label_values(&[reason.name()]).inc_by(drops.bytes);
+        }
+        for stat in IcmpStat::ALL {
+            let errors = counter(&self.icmp, names::MAP_ICMP_STATS, stat.index())?;
+            families.icmp.with_label_values(&[stat.name()]).inc_by(errors.packets);
         }
         Ok(())
     }

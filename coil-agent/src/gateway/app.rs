@@ -51,6 +51,7 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
         backend,
         bpffs_root,
         max_nat_entries,
+        icmp,
         pod_addresses,
         pod_namespace,
         egress_name,
@@ -86,6 +87,7 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
         ifindex: interface.index,
         mtu: interface.mtu,
         max_nat: max_nat_entries,
+        icmp,
     };
     let datapath = tokio::task::spawn_blocking(move || GatewayDatapath::open(&options))
         .await?

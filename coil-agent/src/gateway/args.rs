@@ -9,6 +9,8 @@ use coil_common::names::{MAX_NAT, PIN_ROOT};
 use coil_runtime::admin::ListenAddr;
 use coil_runtime::telemetry::LogArgs;
 
+use crate::datapath::IcmpLimit;
+
 /// Translates the traffic of the clients of an Egress. Runs in the pods of its Deployment.
 #[derive(Parser, Clone, Debug)]
 pub struct Args {
@@ -35,6 +37,9 @@ pub struct Args {
     #[arg(long, env = "COIL_MAX_NAT_ENTRIES", default_value_t = MAX_NAT as u32,
           value_parser = clap::value_parser!(u32).range(1..=1 << 26))]
     pub max_nat_entries: u32,
+    /// ICMP errors to clients and to remote hosts.
+    #[command(flatten)]
+    pub icmp: IcmpLimit,
     /// Addresses of this pod, separated by commas (status.podIPs).
     #[arg(long, env = "COIL_POD_ADDRESSES")]
     pub pod_addresses: PodAddresses,

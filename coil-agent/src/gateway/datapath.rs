@@ -18,7 +18,7 @@ use super::ports::NatPorts;
 use crate::datapath::internal::{
     Attachable, Hook, IfUnmounted, Loaded, PinFolder, absent_is_fine, boot_seed, load,
 };
-use crate::datapath::{DatapathError, LoadError, MapAccessError, Role};
+use crate::datapath::{DatapathError, IcmpLimit, LoadError, MapAccessError, Role};
 
 /// How a gateway's datapath is opened.
 #[derive(Clone, Debug)]
@@ -41,6 +41,8 @@ pub struct GatewayOptions {
     pub mtu: u32,
     /// Translations of one family that fit.
     pub max_nat: u32,
+    /// Bounds of ICMP errors.
+    pub icmp: IcmpLimit,
 }
 
 /// The gateway's datapath.
@@ -68,9 +70,10 @@ impl GatewayDatapath {
             ifindex,
             mtu,
             max_nat,
+            icmp,
         } = options;
         let folder = PinFolder::open(bpffs_root, IfUnmounted::Mount)?.gateway(pin_name)?;
-        let config = Config {
+        let mut config = Config {
             ipv4: addresses.v4.map_or([0; 4], |address| address.octets()),
             ipv6: addresses.v6.map_or([0; 16], |address| address.octets()),
             fou_port: fou_port.to_be_bytes(),
@@ -80,7 +83,9 @@ impl GatewayDatapath {
             mtu: *mtu,
             flags: if *source_port_auto { CONFIG_SOURCE_PORT_AUTO } else { 0 },
             seed: boot_seed()?,
+            ..Config::default()
         };
+        icmp.apply(&mut config);
         let sizes = [
             names::MAP_NAT_FORWARD_V4,
             names::MAP_NAT_REVERSE_V4,

@@ -9,8 +9,8 @@ use aya::programs::ProgramFd;
 use coil_agent::datapath::{Loaded, Role, SkBuff, load, seconds_since_boot, test_run};
 use coil_common::config::Config;
 use coil_common::names::{
-    GATEWAY_MAPS, MAP_DROPS, MAP_EGRESS_STATS, MAP_EGRESSES, MAP_GATEWAY_STATS, MAP_GATEWAYS, MAP_POD_SLOTS,
-    MAP_PODS, NODE_MAPS, pod_slot,
+    GATEWAY_MAPS, MAP_DROPS, MAP_EGRESS_NAMES, MAP_EGRESS_STATS, MAP_EGRESSES, MAP_GATEWAY_STATS,
+    MAP_GATEWAYS, MAP_ICMP_STATS, MAP_POD_SLOTS, MAP_PODS, NODE_MAPS, pod_slot,
 };
 use coil_common::values::{Counter, FlowValue, NatValue4, NatValue6, PodSlot, PodValue};
 use coil_ebpf::testing::entries::{Entry, Key, Value};
@@ -23,6 +23,9 @@ use crate::support::raw::RawMap;
 
 /// Seconds since boot that the table of scenarios is written for.
 const TABLE_NOW: u32 = 1000;
+
+/// Maps of counters.
+const COUNTERS: [&str; 4] = [MAP_DROPS, MAP_EGRESS_STATS, MAP_GATEWAY_STATS, MAP_ICMP_STATS];
 
 /// The programs of a role under one configuration, and their maps.
 struct Machine {
@@ -130,7 +133,7 @@ impl Machine {
     /// All counters that are not zero.
     fn counters(&self) -> BTreeMap<(&'static str, u32), Counter> {
         let mut counters = BTreeMap::new();
-        for name in [MAP_DROPS, MAP_EGRESS_STATS, MAP_GATEWAY_STATS] {
+        for name in COUNTERS {
             let Some(map) = self.maps.get(name) else { continue };
             for key in map.keys() {
                 let index = u32::from_ne_bytes(key.as_slice().try_into().unwrap());
@@ -172,9 +175,7 @@ impl Machine {
             if [MAP_EGRESSES, MAP_GATEWAYS].contains(name) {
                 let used = scenario.entries.iter().filter(|entry| entry.map == *name);
                 used.for_each(|entry| map.clear(&entry.key.0));
-            } else if ![MAP_DROPS, MAP_EGRESS_STATS, MAP_GATEWAY_STATS, MAP_POD_SLOTS, "egress_names"]
-                .contains(name)
-            {
+            } else if !COUNTERS.contains(name) && ![MAP_POD_SLOTS, MAP_EGRESS_NAMES].contains(name) {
                 map.keys().iter().for_each(|key| map.clear(key));
             }
         }

@@ -9,18 +9,14 @@ use aya_ebpf::{
         BPF_F_ADJ_ROOM_FIXED_GSO, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, BPF_F_RECOMPUTE_CSUM,
         bpf_adj_room_mode::BPF_ADJ_ROOM_MAC,
     },
-    helpers::generated::{
-        bpf_csum_diff, bpf_csum_update, bpf_l4_csum_replace, bpf_skb_adjust_room, bpf_skb_change_tail,
-        bpf_skb_store_bytes,
-    },
+    helpers::generated::{bpf_csum_update, bpf_l4_csum_replace, bpf_skb_adjust_room, bpf_skb_store_bytes},
 };
 use coil_common::stats::DropReason;
 use coil_ebpf::{
-    csum,
     family::{Family, V4, V6},
     head::{Build, Tunnel},
     packet::{ETHERNET, Packet},
-    verdict::{IpEdit, Refusal, Rewrite, Way},
+    verdict::{IpEdit, Rewrite, Way},
 };
 
 use super::{Outcome, skb::Skb};
@@ -161,8 +157,9 @@ fn put_head<F: Build>(skb: &mut Skb, head: &F::Head) -> Result<(), DropReason> {
     Ok(())
 }
 
+/// Writes headers right after the Ethernet header.
 #[inline(always)]
-fn write_head<F: Family>(skb: &mut Skb, head: &F::Head) -> Result<(), DropReason> {
+pub(super) fn write_head<F: Family>(skb: &mut Skb, head: &F::Head) -> Result<(), DropReason> {
     // SAFETY: the context of a running program is valid, and `head` is as long as is said.
     let result = unsafe {
         bpf_skb_store_bytes(
@@ -214,86 +211,4 @@ extern "C" fn finish_checksum(raw: *mut __sk_buff, overhead: u32) -> u32 {
         bpf_skb_store_bytes(raw.cast(), ETHERNET as u32, core::ptr::from_ref(&slice).cast(), SLICE as u32, 0)
     };
     u32::from(stored == 0)
-}
-
-/// Longest IP header that is quoted, extension headers included.
-const MAX_QUOTED_HEADER: usize = 0x7c;
-
-/// Turns a packet into an ICMP error to its sender, or says that it cannot be done.
-#[inline(always)]
-pub(super) fn refuse<F: Build>(skb: &mut Skb, refusal: &Refusal) -> bool {
-    let header = refusal.header as u32;
-    let mtu = u32::from(refusal.mtu);
-    let made = if F::INDEX == 0 { refuse_v4(skb.raw, header, mtu) } else { refuse_v6(skb.raw, header, mtu) };
-    made != 0
-}
-
-/// [`answer`] as a function of its own: it is rare, and its callers have no stack to spare.
-#[unsafe(no_mangle)]
-#[inline(never)]
-extern "C" fn refuse_v4(raw: *mut __sk_buff, header: u32, mtu: u32) -> u32 {
-    u32::from(answer::<V4>(raw, header, mtu).is_ok())
-}
-
-/// See [`refuse_v4`].
-#[unsafe(no_mangle)]
-#[inline(never)]
-extern "C" fn refuse_v6(raw: *mut __sk_buff, header: u32, mtu: u32) -> u32 {
-    u32::from(answer::<V6>(raw, header, mtu).is_ok())
-}
-
-/// Makes the error.
-///
-/// The checksum over the quoted transport part goes through the helper: where the checksum of the
-/// packet was still to be filled in, whoever fills it in makes that part sum to zero, and the helper
-/// then does nothing, which is right.
-#[inline(always)]
-fn answer<F: Build>(raw: *mut __sk_buff, header: u32, mtu: u32) -> Result<(), DropReason> {
-    const FAILED: DropReason = DropReason::TooBig;
-    let mut skb = Skb::of(raw);
-    let refusal = Refusal { header: header as usize, mtu: (mtu & 0xffff) as u16 };
-    skb.ensure(ETHERNET + F::QUOTE)?;
-    if refusal.header > MAX_QUOTED_HEADER {
-        return Err(FAILED);
-    }
-    let error = refusal.error::<F, _>(&skb, super::config())?;
-    let quote = if F::INDEX == 0 {
-        skb.bytes::<{ V4::QUOTE }>(ETHERNET)
-    } else {
-        skb.bytes::<{ V6::QUOTE }>(ETHERNET)
-    };
-    let Some(quote) = quote else {
-        return Err(FAILED);
-    };
-    // SAFETY: the lengths are inside the quote, which `bytes` has compared with the end of the packet.
-    let (header, all) = unsafe {
-        let length = (refusal.header & MAX_QUOTED_HEADER) as u32;
-        (sum(quote, length), sum(quote, F::QUOTE as u32))
-    };
-    let transport = csum::add(all, !header);
-    let head = F::too_big(&error, header);
-    skb.turn_around()?;
-    // SAFETY: the context of a running program is valid.
-    if unsafe { bpf_skb_change_tail(raw, (ETHERNET + F::QUOTE) as u32, 0) } != 0 {
-        return Err(FAILED);
-    }
-    // SAFETY: as above.
-    if unsafe { bpf_skb_adjust_room(raw, F::OVERHEAD as i32, BPF_ADJ_ROOM_MAC, 0) } != 0 {
-        return Err(FAILED);
-    }
-    write_head::<F>(&mut skb, &head)?;
-    replace_check(&mut skb, ETHERNET + F::ICMP_CHECK_AT, transport, 0)
-}
-
-/// Sum of bytes of the packet.
-///
-/// # Safety
-///
-/// `length` bytes from `from` are readable.
-#[inline(always)]
-unsafe fn sum(from: *mut u8, length: u32) -> u32 {
-    // SAFETY: the caller's.
-    let sum = unsafe { bpf_csum_diff(core::ptr::null_mut(), 0, from.cast(), length, 0) };
-    // An error is a wrong checksum of an error message, no more.
-    (sum & 0xffff_ffff) as u32
 }

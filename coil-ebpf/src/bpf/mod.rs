@@ -3,6 +3,7 @@
 mod apply;
 mod atomic;
 mod maps;
+mod refuse;
 mod skb;
 
 use aya_ebpf::{
@@ -46,7 +47,7 @@ impl Outcome {
     /// It leaves by the interface that it came in by.
     const BACK: Self = Self(1);
     const DROP: u64 = 2;
-    const TOO_BIG: u64 = 3;
+    const REFUSE: u64 = 3;
     /// The short way does not know; nothing has changed.
     const MISS: u64 = 4;
 
@@ -58,8 +59,8 @@ impl Outcome {
 
     /// It is dropped, and its sender shall get an ICMP error.
     #[inline(always)]
-    const fn too_big(refusal: &Refusal) -> Self {
-        Self(Self::TOO_BIG | ((refusal.mtu as u64) << 8) | ((refusal.header as u64) << 32))
+    const fn refuse(refusal: &Refusal) -> Self {
+        Self(Self::REFUSE | ((refusal.reason.index() as u64) << 8) | (refusal.answer.pack() << 16))
     }
 }
 
@@ -76,6 +77,8 @@ static CONFIG: Config = Config {
     mtu: 0,
     flags: 0,
     seed: 0,
+    icmp_rate: 0,
+    icmp_burst: 0,
 };
 
 /// The configuration as the loader left it, which the compiler must not think it knows.
@@ -159,7 +162,7 @@ macro_rules! act {
                 }
                 Err(reason) => Outcome::drop(reason).0,
             },
-            Ok(Verdict::TooBig(refusal)) => Outcome::too_big(&refusal).0,
+            Ok(Verdict::Refuse(refusal)) => Outcome::refuse(&refusal).0,
             Err(reason) => Outcome::drop(reason).0,
         }
     }};
@@ -297,7 +300,7 @@ where
     )
 }
 
-/// Counts drops, answers what is too big, and turns the outcome into an action.
+/// Counts drops, answers some with an error, and turns the outcome into an action.
 #[inline(always)]
 fn finish<F: Build>(skb: &mut Skb, outcome: u64) -> i32 {
     let kind = outcome & 0xff;
@@ -308,18 +311,13 @@ fn finish<F: Build>(skb: &mut Skb, outcome: u64) -> i32 {
         return skb.redirect_back();
     }
     let dropped = dropped(skb);
-    if kind == Outcome::TOO_BIG {
-        maps::count_drop(DropReason::TooBig.index(), &dropped);
-        let refusal = Refusal { mtu: (outcome >> 8 & 0xffff) as u16, header: (outcome >> 32) as usize };
-        if apply::refuse::<F>(skb, &refusal) {
-            return skb.redirect_back();
-        }
-    } else {
-        let reason = (outcome >> 8 & 0xff) as u32;
-        maps::count_drop(reason, &dropped);
-        if reason == DropReason::NoState.index() {
-            maps::count_invalid(F::INDEX, &dropped);
-        }
+    let reason = (outcome >> 8 & 0xff) as u32;
+    maps::count_drop(reason, &dropped);
+    if reason == DropReason::NoState.index() {
+        maps::count_invalid(F::INDEX, &dropped);
+    }
+    if kind == Outcome::REFUSE && refuse::refuse::<F>(skb, outcome >> 16) {
+        return skb.redirect_back();
     }
     TC_ACT_SHOT
 }

@@ -19,7 +19,7 @@ use coil_common::{
     },
 };
 
-use super::{edit::End, from_pod::source_port, wire};
+use super::{edit::End, wire};
 use crate::{
     family::{Family, V4, V6},
     flow::Flow,
@@ -30,7 +30,7 @@ use crate::{
         l4::{FIN, Kind, RST, SYN},
     },
     tables::{NatTables, NodeTables},
-    verdict::{Rewrite, Way},
+    verdict::{Rewrite, Way, source_port},
 };
 
 /// Where headers of the usual shape are.

@@ -16,12 +16,12 @@ use coil_common::{
 use super::wire;
 use crate::{
     family::Family,
-    flow::{AUTO_PORT_FIRST, AUTO_PORTS, Flow, Hash},
+    flow::{Flow, Hash},
     head::{Build, Tunnel},
     packet::{ETHERNET, Packet},
     parse::{Ip, Parse, l4, mss},
     tables::{NodeTables, Tally},
-    verdict::{Decision, Rewrite, Verdict, Way},
+    verdict::{Decision, Rewrite, Verdict, Way, source_port},
 };
 
 /// How a tunnelled packet counts.
@@ -93,7 +93,7 @@ pub fn from_pod<F: Parse + Build, P: Packet, T: NodeTables<F>>(
     };
     let egress = tables.egress(choice.value.egress).ok_or(DropReason::EgressUnresolved)?;
     if wire::exceeds(packet, &ip, &l4, pod.mtu) {
-        return Ok(Verdict::TooBig(wire::refuse(&ip, pod.mtu)));
+        return Ok(Verdict::Refuse(wire::too_big(&ip, pod.mtu)));
     }
     let entry = match choice.change {
         Change::None => known,
@@ -137,12 +137,6 @@ pub fn from_pod<F: Parse + Build, P: Packet, T: NodeTables<F>>(
         direction: Direction::Tx,
         tally: wire::tally(packet, &ip, &l4, now, state),
     }))
-}
-
-/// The outer source port.
-#[inline(always)]
-pub(super) fn source_port(auto: bool, hash: Hash, config: &Config) -> [u8; 2] {
-    if auto { (AUTO_PORT_FIRST + hash.below(AUTO_PORTS)).to_be_bytes() } else { config.fou_port }
 }
 
 /// What must be written to the flow table.

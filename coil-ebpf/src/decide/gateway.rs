@@ -9,7 +9,7 @@ use coil_common::{
     stats::{DropReason, GatewayStat},
 };
 
-use super::{edit::End, from_pod::source_port, nat, wire};
+use super::{edit::End, nat, wire};
 use crate::{
     family::Family,
     head::{Build, Tunnel},
@@ -19,7 +19,7 @@ use crate::{
         tunnel::{self, Outer},
     },
     tables::{NatTables, Ports, Tally},
-    verdict::{Decision, Rewrite, Verdict, Way},
+    verdict::{Decision, Refusal, Rewrite, Verdict, Way, source_port},
 };
 
 /// How a translated packet counts.
@@ -140,10 +140,10 @@ pub fn out<F: Outer + Build, P: Packet, T: NatTables<F>>(
     if F::is_local_scope(&inner.dst) || F::same(&inner.dst, &F::of_config(config)) {
         return Err(DropReason::ForbiddenDestination);
     }
-    if inner.ttl <= 1 {
-        return Err(DropReason::TtlExceeded);
-    }
     let l4 = l4::parse(packet, &inner)?;
+    if inner.ttl <= 1 {
+        return Ok(Verdict::Refuse(Refusal::time_exceeded(&inner)));
+    }
     let flow = l4.flow(&inner);
     let now = tables.now();
     let entry = nat::outbound(&flow, &l4, &OwnPorts(config), config.seed, now, tables)?;
@@ -189,10 +189,10 @@ pub fn back<F: Parse + Build, P: Packet, T: NatTables<F>>(
         return Ok(Verdict::Pass);
     };
     if ip.ttl <= 1 {
-        return Err(DropReason::TtlExceeded);
+        return Ok(Verdict::Refuse(Refusal::time_exceeded(ip)));
     }
     if wire::exceeds(packet, ip, &l4, config.mtu) {
-        return Ok(Verdict::TooBig(wire::refuse(ip, config.mtu)));
+        return Ok(Verdict::Refuse(wire::too_big(ip, config.mtu)));
     }
 
     rewrite.begin(ip, Way::Back);

@@ -4,6 +4,7 @@ use coil_common::values::Counter;
 
 use crate::{
     family::Family,
+    head::Build,
     packet::{ETHERNET, Packet},
     parse::{
         Ip, L4,
@@ -85,8 +86,8 @@ pub(super) fn is_uncut<P: Packet>(packet: &P, l4: &L4) -> bool {
 
 /// The error about such a packet.
 #[inline(always)]
-pub(super) fn refuse<F: Family>(ip: &Ip<F>, mtu: u32) -> Refusal {
-    Refusal { header: ip.l4 - ip.at, mtu: inner_mtu::<F>(mtu).min(0xffff) as u16 }
+pub(super) const fn too_big<F: Build>(ip: &Ip<F>, mtu: u32) -> Refusal {
+    Refusal::too_big(ip, inner_mtu::<F>(mtu))
 }
 
 /// What a packet of the initiator, or of the responder, shows of a connection.

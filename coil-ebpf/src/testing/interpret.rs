@@ -2,7 +2,7 @@
 
 use coil_common::{
     config::Config,
-    stats::{DropReason, GatewayStat},
+    stats::{DropReason, GatewayStat, IcmpStat},
 };
 
 use super::{
@@ -24,7 +24,7 @@ use crate::{
         tunnel::Outer,
     },
     tables::{NatTables, NodeTables},
-    verdict::{Refusal, Rewrite, Verdict, Way},
+    verdict::{Answer, Rewrite, Verdict, Way},
 };
 
 /// Runs a packet through a hook: what is left of it, and what happens to it.
@@ -126,7 +126,7 @@ where
                 account.commit(tables);
                 None
             }
-            Verdict::TooBig(refusal) => Some(refusal),
+            Verdict::Refuse(refusal) => Some(refusal),
         },
         (Hook::ToPod, Some(pod)) => match to_pod::to_pod(packet, &pod, config, tables, &mut rewrite)? {
             Verdict::Pass => return Ok(Action::Pass),
@@ -137,7 +137,7 @@ where
                 }
                 None
             }
-            Verdict::TooBig(refusal) => Some(refusal),
+            Verdict::Refuse(refusal) => Some(refusal),
         },
         (Hook::Gateway, _) => match gateway::gateway(packet, config, tables, &mut rewrite)? {
             Verdict::Pass => return Ok(Action::Pass),
@@ -146,13 +146,16 @@ where
                 account.commit(tables);
                 None
             }
-            Verdict::TooBig(refusal) => Some(refusal),
+            Verdict::Refuse(refusal) => Some(refusal),
         },
     };
     if let Some(refusal) = refusal {
-        tables.count_drop(DropReason::TooBig, dropped(packet));
-        refuse::<F>(packet, &refusal, config)?;
-        return Ok(Action::Back);
+        let counter = dropped(packet);
+        tables.count_drop(refusal.reason, counter);
+        if let Some(stat) = invalid(refusal.reason, packet) {
+            tables.count_invalid(stat, counter);
+        }
+        return Ok(refuse::<F>(packet, &refusal.answer, config, tables));
     }
     Ok(match rewrite.way {
         Way::On => Action::Pass,
@@ -194,17 +197,48 @@ pub fn apply<F: Build>(packet: &mut Memory, rewrite: &Rewrite<F>) {
     }
 }
 
-/// Makes an ICMP error of a packet.
-fn refuse<F: Build>(packet: &mut Memory, refusal: &Refusal, config: &Config) -> Result<(), DropReason> {
-    packet.ensure(ETHERNET + F::QUOTE).map_err(|_| DropReason::TooBig)?;
-    let error = refusal.error::<F, _>(packet, config)?;
-    let (header, transport) = packet.bytes[ETHERNET..ETHERNET + F::QUOTE].split_at(refusal.header);
-    let (header, transport) = (sum(header), sum(transport));
-    let head = F::too_big(&error, header);
+/// Makes an ICMP error of a packet, as often as is allowed.
+fn refuse<F: Build>(packet: &mut Memory, answer: &Answer, config: &Config, tables: &Tables) -> Action {
+    if config.icmp_rate != 0 && config.icmp_burst == 0 {
+        tables.count_icmp(IcmpStat::Suppressed);
+        return Action::Drop;
+    }
+    match respond::<F>(packet, answer, config) {
+        Ok(()) => {
+            tables.count_icmp(IcmpStat::Answered);
+            Action::Back
+        }
+        Err(_) => {
+            tables.count_icmp(IcmpStat::Unanswerable);
+            Action::Drop
+        }
+    }
+}
+
+fn respond<F: Build>(packet: &mut Memory, answer: &Answer, config: &Config) -> Result<(), DropReason> {
+    let at = usize::from(answer.at);
+    packet.ensure(at + F::HEADER)?;
+    let length = if F::INDEX == 0 {
+        usize::from(u16::from_be_bytes(packet.load::<2>(at + 2)?))
+    } else {
+        usize::from(u16::from_be_bytes(packet.load::<2>(at + 4)?)) + F::HEADER
+    };
+    let whole = if length < F::HEADER { F::QUOTE } else { length.min(F::QUOTE) };
+    let quoted = whole.min(packet.bytes.len() - at);
+    if quoted < 28 {
+        return Err(DropReason::RewriteFailed);
+    }
+    let length = u16::try_from(quoted).map_err(|_| DropReason::RewriteFailed)?;
+    let error = answer.error::<F, _>(packet, config, length)?;
+    let tunnel = answer.tunnel::<F>(config, &error.dst, length);
+    let head = F::error(&error, sum(&packet.bytes[at..at + quoted]));
     turn_around(&mut packet.bytes);
-    packet.bytes.truncate(ETHERNET + F::QUOTE);
+    packet.bytes.truncate(at + F::QUOTE);
+    packet.bytes.drain(ETHERNET..at);
     insert(&mut packet.bytes, bytemuck::bytes_of(&head));
-    update(&mut packet.bytes, ETHERNET + F::ICMP_CHECK_AT, transport, false);
+    if let Some(tunnel) = tunnel {
+        insert(&mut packet.bytes, bytemuck::bytes_of(&F::tunnel(&tunnel)));
+    }
     packet.gso_size = 0;
     Ok(())
 }

@@ -7,7 +7,7 @@ use std::{
 
 use coil_common::{
     names,
-    stats::{Direction, DropReason, GatewayStat, egress_stat},
+    stats::{Direction, DropReason, GatewayStat, IcmpStat, egress_stat},
     values::{Counter, EgressValue, FlowValue, GatewayValue, NatValue4, NatValue6, PodValue},
 };
 
@@ -153,6 +153,11 @@ impl Tables {
     /// Counts a drop.
     pub fn count_drop(&self, reason: DropReason, counter: Counter) {
         self.count(names::MAP_DROPS, reason.index(), counter.packets, counter.bytes);
+    }
+
+    /// Counts an ICMP error.
+    pub fn count_icmp(&self, stat: IcmpStat) {
+        self.count(names::MAP_ICMP_STATS, stat.index(), 1, 0);
     }
 
     /// Counts a drop for want of state.

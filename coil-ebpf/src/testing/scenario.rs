@@ -2,7 +2,12 @@
 
 use std::collections::BTreeMap;
 
-use coil_common::{config::Config, names, stats::DropReason, values::Counter};
+use coil_common::{
+    config::Config,
+    names,
+    stats::{DropReason, IcmpStat},
+    values::Counter,
+};
 
 use super::{
     entries::Entry,
@@ -78,7 +83,7 @@ pub struct Expect {
     pub packet: Option<Vec<u8>>,
     /// Why it was dropped.
     pub drop: Option<DropReason>,
-    /// All counters of `egress_stats` and `gateway_stats` that are not zero, by map and index.
+    /// All counters of `egress_stats`, `gateway_stats` and `icmp_stats` that are not zero, by map and index.
     pub counters: BTreeMap<(&'static str, u32), Counter>,
     /// Entries of the flow and translation maps, all of them, points in time left out.
     pub entries: Vec<Entry>,
@@ -214,6 +219,10 @@ impl Scenario {
             let packets = u64::from(self.packet.gso_segments.max(1));
             let counter = Counter { packets, bytes: length.saturating_sub(14) };
             wanted.insert((names::MAP_DROPS, reason.index()), counter);
+            if expect.action == Action::Back {
+                let counter = Counter { packets: 1, bytes: 0 };
+                wanted.insert((names::MAP_ICMP_STATS, IcmpStat::Answered.index()), counter);
+            }
             if let Some(stat) = interpret::invalid(reason, &self.packet) {
                 wanted.insert((names::MAP_GATEWAY_STATS, stat.index()), counter);
             }

@@ -19,7 +19,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use coil_agent::datapath::{ApplyReport, AttachMode, Datapath, NodeDatapath, NodeOptions};
+use coil_agent::datapath::{ApplyReport, AttachMode, Datapath, IcmpLimit, NodeDatapath, NodeOptions};
 use coil_agent::desired::{
     DesiredEgress, DesiredPod, DesiredState, EgressName, GatewayState, Policy, PolicyAction,
 };
@@ -129,6 +129,7 @@ impl Topology {
             node_ipv4: Some(Ipv4Addr::new(10, 1, 0, 1)),
             node_ipv6: Some(Ipv6Addr::new(0xfd00, 1, 0, 0, 0, 0, 0, 1)),
             max_flows: 4096,
+            icmp: IcmpLimit::default(),
         }
     }
 
@@ -157,6 +158,7 @@ impl Topology {
             pin_name: GATEWAY_UID.into(),
             addresses: PodAddresses { v4: Some(self.gateway.ipv4), v6: Some(self.gateway.ipv6) },
             fou_port: 5555,
+            icmp: IcmpLimit::default(),
             source_port_auto: false,
             ports: NatPorts { range: 1024..=64511, excluded: [5555, 8080, 8081, 0, 0] },
             ifindex: self.gateway.net.ifindex("eth0"),

@@ -93,8 +93,6 @@ fn refused(w: &World) -> Vec<Scenario> {
             .drops(DropReason::InnerSourceMismatch),
         row(w, "to the gateway itself", &tunnelled(&Ip::new(w.pod, w.gateway).udp(PORTS, b"x")))
             .drops(DropReason::ForbiddenDestination),
-        row(w, "TTL 1", &tunnelled(&out.clone().ttl(1).udp(PORTS, b"x"))).drops(DropReason::TtlExceeded),
-        row(w, "TTL 0", &tunnelled(&out.clone().ttl(0).udp(PORTS, b"x"))).drops(DropReason::TtlExceeded),
         row(w, "TCP without state", &tunnelled(&out.tcp(PORTS, ACK, &[], b"data")))
             .drops(DropReason::NoState),
         row(w, "SYN-ACK without state", &tunnelled(&out.tcp(PORTS, SYN_ACK, &[], b"")))
@@ -474,15 +472,6 @@ fn replies(w: &World) -> Vec<Scenario> {
     );
     let halves =
         || vec![w.forward(PORTS, 6, 50000, Nat::default()), w.reverse(PORTS, 6, 50000, Nat::default())];
-    for ttl in [0, 1] {
-        let packet = world.clone().ttl(ttl).tcp(from, ACK, &[], b"data");
-        rows.push(
-            row(w, &format!("reply with TTL {ttl}"), &packet)
-                .and(halves())
-                .leaves(halves())
-                .drops(DropReason::TtlExceeded),
-        );
-    }
     let fragment = world.clone().fragment(8, true).packet(6, &[7; 64]);
     rows.push(row(w, "fragment of a reply", &fragment).and(halves()).leaves(halves()).passes());
     rows.push(auto_port(w));

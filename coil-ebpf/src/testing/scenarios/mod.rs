@@ -1,5 +1,6 @@
 //! The scenario table: one file per program, each for both families.
 
+mod errors;
 mod from_pod;
 mod gateway;
 mod to_pod;
@@ -16,6 +17,7 @@ pub fn scenarios() -> Vec<Scenario> {
         out.extend(from_pod::rows(&world));
         out.extend(to_pod::rows(&world));
         out.extend(gateway::rows(&world));
+        out.extend(errors::rows(&world));
     }
     out
 }

@@ -7,7 +7,7 @@ use coil_common::{
     config::Config,
     keys::{ClientKey4, ClientKey6, FlowKey4, FlowKey6, PeerKey4, PeerKey6, PolicyKey4, PolicyKey6},
     names,
-    stats::{Direction, DropReason, GatewayStat, egress_stat},
+    stats::{Direction, DropReason, GatewayStat, IcmpStat, egress_stat},
     values::{
         ClientValue, Counter, EGRESS_BLOCK, EGRESS_DIRECT, EgressValue, FlowValue, GATEWAY_READY,
         GatewayValue, MAGLEV_SLOTS, NatValue4, NatValue6, PodValue, PolicyValue, STATE_CONFIRMED,
@@ -374,6 +374,16 @@ impl World {
         build::tunnel(self.gateway, self.pod, inner)
     }
 
+    /// An ICMP error that the datapath makes.
+    pub(super) fn error(&self, from: IpAddr, to: IpAddr, kind: [u8; 2], mtu: u16, about: &[u8]) -> Vec<u8> {
+        let mut ip = Ip::new(from, to).tos(0xc0);
+        ip.id = 0;
+        ip.df = false;
+        let [a, b] = mtu.to_be_bytes();
+        let most = self.pick(128, 256).min(about.len());
+        ip.icmp(kind[0], kind[1], [0, 0, a, b], &about[..most])
+    }
+
     /// A scenario in which nothing is known, nothing happens and the packet passes.
     pub(super) fn scenario(&self, hook: Hook, name: &str, packet: &[u8]) -> Scenario {
         let hook_name = hook.program();
@@ -447,6 +457,19 @@ impl Scenario {
     pub(super) fn returns(mut self, ip: &[u8]) -> Self {
         self.expect.action = Action::Back;
         self.expect.packet = Some(crate::testing::interpret::canonical(&build::ethernet_back(ip)));
+        self
+    }
+
+    /// The packet is dropped for this reason, and this IP packet goes back instead.
+    pub(super) fn answers(mut self, reason: DropReason, ip: &[u8]) -> Self {
+        self.expect.drop = Some(reason);
+        self.returns(ip)
+    }
+
+    /// What becomes of an ICMP error counts.
+    pub(super) fn counts_icmp(mut self, stat: IcmpStat) -> Self {
+        let counter = Counter { packets: 1, bytes: 0 };
+        self.expect.counters.insert((names::MAP_ICMP_STATS, stat.index()), counter);
         self
     }
 
