@@ -15,6 +15,7 @@ use coil_common::config::{CONFIG, Config};
 use coil_common::names;
 
 use super::object::object;
+use super::older::Lacks;
 use super::pins::PinError;
 use super::sys::{self, MapInfo, ObjectKind};
 
@@ -59,6 +60,9 @@ pub enum LoadError {
          the object first"
     )]
     NoObject,
+    /// The kernel does not say what it can do.
+    #[error("cannot load programs")]
+    Probe(#[source] io::Error),
     /// The object cannot be read.
     #[error("the embedded eBPF object is damaged")]
     Parse(#[from] ParseError),
@@ -145,8 +149,8 @@ pub fn load(
     config: &Config,
     sizes: &[(&'static str, u32)],
 ) -> Result<Loaded, LoadError> {
-    let bytes = object()?;
-    let definitions = Object::parse(bytes)?;
+    let bytes = Lacks::probe().map_err(LoadError::Probe)?.adapt(object()?);
+    let definitions = Object::parse(&bytes)?;
     let mut capacities = Vec::new();
     for &name in role.maps() {
         let map = definitions.maps.get(name).ok_or(LoadError::Missing { what: "map", name })?;
@@ -172,7 +176,7 @@ pub fn load(
             loader.map_max_entries(name, 1);
         }
     }
-    let mut ebpf = loader.load(bytes).map_err(|error| LoadError::Load(Box::new(error)))?;
+    let mut ebpf = loader.load(&bytes).map_err(|error| LoadError::Load(Box::new(error)))?;
     for &program in role.programs() {
         let refused = refused(program);
         let classifier: &mut SchedClassifier = ebpf

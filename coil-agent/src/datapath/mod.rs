@@ -11,6 +11,7 @@ mod loader;
 mod maglev;
 mod maps;
 mod object;
+mod older;
 mod pins;
 mod plan;
 mod state;

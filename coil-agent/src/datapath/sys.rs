@@ -9,6 +9,7 @@ use std::path::Path;
 
 use bytemuck::{Pod, Zeroable};
 
+const PROG_LOAD: libc::c_int = 5;
 const OBJ_PIN: libc::c_int = 6;
 const OBJ_GET: libc::c_int = 7;
 const PROG_TEST_RUN: libc::c_int = 10;
@@ -178,6 +179,47 @@ pub(crate) fn has_tcx(program: impl AsFd) -> bool {
     // No interface has this index: a kernel with tcx says so, an older one rejects the type.
     let absent = libc::c_int::MAX.cast_unsigned();
     tcx_attach(program, absent, TCX_INGRESS).is_err_and(|error| error.raw_os_error() == Some(libc::ENODEV))
+}
+
+/// An instruction of a program.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Pod, Zeroable)]
+pub(crate) struct Instruction {
+    code: u8,
+    registers: u8,
+    offset: i16,
+    immediate: i32,
+}
+
+impl Instruction {
+    pub(crate) fn new(code: u8, destination: u8, source: u8, offset: i16, immediate: i32) -> Self {
+        Self { code, registers: source << 4 | destination, offset, immediate }
+    }
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+struct LoadAttribute {
+    program_type: u32,
+    count: u32,
+    instructions: u64,
+    license: u64,
+}
+
+/// Whether the kernel takes a program for traffic control.
+pub(crate) fn program_loads(instructions: &[Instruction]) -> io::Result<bool> {
+    const SCHED_CLS: u32 = 3;
+    let mut attribute = LoadAttribute {
+        program_type: SCHED_CLS,
+        count: u32::try_from(instructions.len()).map_err(|_| io::ErrorKind::InvalidInput)?,
+        instructions: address(instructions.as_ptr()),
+        license: address(c"GPL".as_ptr()),
+    };
+    match bpf(PROG_LOAD, &mut attribute) {
+        Ok(program) => owned(program).map(|_| true),
+        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => Ok(false),
+        Err(error) => Err(error),
+    }
 }
 
 #[repr(C)]

@@ -20,13 +20,16 @@ pub(super) unsafe fn add(target: *mut u64, value: u64) {
 /// Without the third revision of the instruction set only double words can be changed atomically;
 /// the word after it is left as it is.
 ///
+/// The operand holds the bits that are there already too: before 5.12 there is no such instruction, and
+/// the loader makes it a plain store of one word.
+///
 /// # Safety
 ///
 /// `target` points to a double word of a map value of which it is the first half.
 #[inline(always)]
 pub(super) unsafe fn or(target: *mut u32, bits: u32) {
     // SAFETY: the caller's; values of maps are aligned.
-    unsafe { atomic_or::<u64, u64, { Relaxed }>(target.cast(), u64::from(bits)) };
+    unsafe { atomic_or::<u64, u64, { Relaxed }>(target.cast(), u64::from(*target | bits)) };
 }
 
 /// A field that [`or`] is used on stands at the start of a double word.
