@@ -148,7 +148,6 @@ impl Attachable {
         };
         let name = interface_name(ifindex)?;
         // A program's pin outlives its filter: the filter itself tells whether this is an adoption.
-        let known = matches!(sys::object_get(path), Ok((_, ObjectKind::Program)));
         remove(path)?;
         sys::object_pin(&self.program, path).map_err(PinError::path("pin a program at", path))?;
         let mut program = SchedClassifier::from_pin(path).map_err(filter_error("open"))?;
@@ -171,7 +170,7 @@ impl Attachable {
         let link = program.take_link(link).map_err(filter_error("keep"))?;
         // Dropping it would detach the filter.
         std::mem::forget(link);
-        Ok(fresh && !known)
+        Ok(fresh)
     }
 
     /// Takes the program away from an interface.
@@ -237,6 +236,8 @@ fn interface_name(ifindex: u32) -> Result<String, AttachError> {
     nix::net::if_::if_indextoname(ifindex)
         .ok()
         .and_then(|name| name.into_string().ok())
+        // That is what it gives for an index that nothing has.
+        .filter(|name| !name.is_empty())
         .ok_or(AttachError::InterfaceGone { ifindex })
 }
 
