@@ -10,6 +10,7 @@ mod lab;
 mod manifests;
 mod process;
 mod test;
+mod vm;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -40,6 +41,8 @@ enum Command {
     Lab(lab::Lab),
     /// Measures the datapath
     Bench(bench::Bench),
+    /// Tests the datapath on other kernels, and against the kernel's own tunnels, in virtual machines
+    VmTest(vm::VmTest),
     /// Writes the generated manifests, or checks that they are fresh
     Manifests(manifests::Manifests),
     /// Builds the container image as an OCI archive
@@ -71,6 +74,7 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Demo(verb) => verb.run(),
         Command::Lab(verb) => verb.run(),
         Command::Bench(verb) => verb.run(),
+        Command::VmTest(verb) => verb.run(),
         Command::Manifests(verb) => verb.run().map(|()| ExitCode::SUCCESS),
         Command::Image(verb) => verb.run().map(|()| ExitCode::SUCCESS),
         Command::Completion { shell } => {

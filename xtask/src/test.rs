@@ -9,6 +9,7 @@ use anyhow::Result;
 
 use crate::ebpf::{Build, cargo};
 use crate::process::{say, tee};
+use crate::vm::{self, OneKernel};
 use crate::{check, host};
 
 /// Runs every test: checks, unit, privileged and cluster tests.
@@ -20,6 +21,9 @@ pub struct Test {
     /// Skip format, lint and generated-file checks
     #[arg(long)]
     no_check: bool,
+    /// Leave out the virtual machine with another kernel; its tests count as skipped
+    #[arg(long)]
+    no_vm: bool,
 }
 
 /// How tests ended.
@@ -34,7 +38,8 @@ pub struct Tally {
 }
 
 impl Tally {
-    fn add(&mut self, other: Self) {
+    /// Adds another's counts.
+    pub fn add(&mut self, other: Self) {
         self.passed += other.passed;
         self.failed += other.failed;
         self.ignored += other.ignored;
@@ -86,6 +91,7 @@ impl Test {
                 ran += tally.passed + tally.failed;
                 total.add(tally);
             }
+            ran += self.other_kernel(&mut total)?;
             if ran < unit.ignored {
                 eprintln!("{} tests are marked as ignored, but only {ran} of them were run", unit.ignored);
                 total.ignored += unit.ignored - ran;
@@ -94,6 +100,29 @@ impl Test {
         }
         println!("{}", closing_line("test", total));
         Ok(if total.failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    }
+}
+
+impl Test {
+    /// Runs tests on another kernel in a virtual machine; returns how many that need one have been run, or
+    /// said to be skipped.
+    fn other_kernel(&self, total: &mut Tally) -> Result<u64> {
+        say("another kernel, and the kernel's own tunnels, in a virtual machine");
+        let interop = cargo_test(&["--package", "coil-agent", "--test", "interop"], &["--quiet"])?.ignored;
+        let unavailable = if self.no_vm {
+            "--no-vm was given".to_owned()
+        } else {
+            match vm::one_kernel()? {
+                OneKernel::Ran(report) => {
+                    total.add(report.tally());
+                    return Ok(report.ran("interop"));
+                }
+                OneKernel::Unavailable(error) => format!("{error:#}"),
+            }
+        };
+        eprintln!("NOT RUN: {interop} tests of interoperability, and those of another kernel: {unavailable}");
+        total.ignored += interop;
+        Ok(interop)
     }
 }
 
@@ -111,7 +140,7 @@ fn cargo_test(select: &[&str], options: &[&str]) -> Result<Tally> {
 }
 
 /// Reads `test result: ok. 3 passed; 0 failed; 1 ignored; …`.
-fn parse_summary(line: &str) -> Tally {
+pub fn parse_summary(line: &str) -> Tally {
     let mut tally = Tally::default();
     let Some((_, counts)) = line.strip_prefix("test result: ").and_then(|rest| rest.split_once(". ")) else {
         return tally;

@@ -1,0 +1,165 @@
+//! The kernel's side: tunnel devices, rules, routes and masquerade as Coil v2 sets them up in its pods,
+//! and a service address as kube-proxy sets it up on nodes.
+
+use std::net::IpAddr;
+
+use crate::support::net::NetNs;
+use crate::support::topology::Topology;
+
+const PORT: u16 = 5555;
+
+/// How the kernel's end sends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Tunnel {
+    pub(crate) v6: bool,
+    /// The outer source port follows the flow (`fouSourcePortAuto`).
+    pub(crate) auto_port: bool,
+    /// IPv6 only: a destination options header with the encapsulation limit, and no checksum, as Coil v2
+    /// sends; otherwise neither header nor limit, and a checksum, as `ip` does by itself.
+    pub(crate) options_header: bool,
+}
+
+impl Tunnel {
+    pub(crate) fn all() -> Vec<Self> {
+        let mut all = Vec::new();
+        for (v6, options_header) in [(false, false), (true, true), (true, false)] {
+            for auto_port in [false, true] {
+                all.push(Self { v6, auto_port, options_header });
+            }
+        }
+        all
+    }
+
+    pub(crate) fn name(self) -> String {
+        let family = match (self.v6, self.options_header) {
+            (false, _) => "v4",
+            (true, true) => "v6-options-header",
+            (true, false) => "v6-no-options-header",
+        };
+        format!("{family}/{}-port", if self.auto_port { "auto" } else { "fixed" })
+    }
+
+    /// Whether this is what Coil v2 sends.
+    pub(crate) fn as_coil_v2(self) -> bool {
+        self.v6 == self.options_header
+    }
+
+    /// What fits into it on a link of 1500 bytes.
+    pub(crate) fn mtu(self) -> usize {
+        match (self.v6, self.options_header) {
+            (false, _) => 1500 - 20 - 8,
+            (true, true) => 1500 - 40 - 8 - 8,
+            (true, false) => 1500 - 40 - 8,
+        }
+    }
+
+    fn family(self) -> u8 {
+        if self.v6 { 6 } else { 4 }
+    }
+
+    fn device(self) -> String {
+        format!("fou{}", self.family())
+    }
+
+    /// Receive port, tunnel device to the other end, and the one that takes packets from elsewhere.
+    fn make(self, space: &NetNs, local: IpAddr, remote: IpAddr) {
+        let Self { v6, auto_port, options_header } = self;
+        let device = self.device();
+        let source = if auto_port { "auto".to_owned() } else { PORT.to_string() };
+        let encapsulation = format!("encap fou encap-sport {source} encap-dport {PORT}");
+        for family in ["all", "default"] {
+            space.sysctl(&format!("net.ipv4.conf.{family}.rp_filter"), "0");
+        }
+        if v6 {
+            space.sysctl("net.ipv6.conf.all.forwarding", "1");
+            let limit = if options_header {
+                "encaplimit 0 noencap-udp6-csum"
+            } else {
+                "encaplimit none encap-udp6-csum"
+            };
+            space.ip(&format!("-6 fou add port {PORT} ipproto 41"));
+            // `ip` wants the limit before, the checksum after the encapsulation.
+            let (limit, checksum) = limit.rsplit_once(' ').unwrap_or((limit, ""));
+            space.ip(&format!(
+                "link add name {device} type ip6tnl mode ip6ip6 local {local} remote {remote} ttl 225 {limit} \
+                 {encapsulation} {checksum}"
+            ));
+            space.ip("link add name coil_ipip6 type ip6tnl external");
+            space.ip("link set coil_ipip6 up");
+        } else {
+            space.sysctl("net.ipv4.ip_forward", "1");
+            space.ip(&format!("fou add port {PORT} ipproto 4"));
+            space.ip(&format!(
+                "link add name {device} type ipip local {local} remote {remote} ttl 225 {encapsulation}"
+            ));
+            space.ip("link add name coil_ipip4 type ipip external");
+            space.ip("link set coil_ipip4 up");
+        }
+        space.ip(&format!("link set {device} up"));
+    }
+}
+
+/// Makes the client pod one of Coil v2: all that is neither link-local nor private goes to `gateway`.
+pub(crate) fn client(topology: &Topology, tunnel: Tunnel, gateway: IpAddr) {
+    let space = &topology.client.net;
+    tunnel.make(space, topology.client.address(tunnel.v6), gateway);
+    let family = tunnel.family();
+    let (link_local, private, all): (_, &[_], _) = if tunnel.v6 {
+        ("fe80::/10", &["fc00::/7"], "::/0")
+    } else {
+        ("169.254.0.0/16", &["10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16"], "0.0.0.0/0")
+    };
+    let device = tunnel.device();
+    space.ip(&format!("-{family} rule add pref 1800 to {link_local} lookup main"));
+    space.ip(&format!("-{family} rule add pref 1900 lookup 117"));
+    for (index, network) in private.iter().enumerate() {
+        space.ip(&format!("-{family} rule add pref {} to {network} lookup main", 2000 + index));
+    }
+    space.ip(&format!("-{family} rule add pref 2100 lookup 118"));
+    space.ip(&format!("-{family} route add {all} dev {device} proto 30 table 118"));
+}
+
+/// Makes the gateway pod one of Coil v2.
+pub(crate) fn gateway(topology: &Topology, tunnel: Tunnel) {
+    let space = &topology.gateway.net;
+    let (own, client) = (topology.gateway.address(tunnel.v6), topology.client.address(tunnel.v6));
+    tunnel.make(space, own, client);
+    let family = tunnel.family();
+    let (table, address) = if tunnel.v6 { ("ip6", "ip6") } else { ("ip", "ip") };
+    nft(space, &format!("add table {table} nat"));
+    nft(space, &format!("add chain {table} nat POSTROUTING {{ type nat hook postrouting priority 100 ; }}"));
+    nft(
+        space,
+        &format!("add rule {table} nat POSTROUTING {address} saddr != {own} oifname eth0 counter masquerade"),
+    );
+    nft(space, &format!("add table {table} filter"));
+    nft(space, &format!("add chain {table} filter FORWARD {{ type filter hook forward priority 0 ; }}"));
+    nft(space, &format!("add rule {table} filter FORWARD oifname eth0 ct state invalid counter drop"));
+    space.ip(&format!("-{family} rule add pref 2000 iif eth0 lookup 118"));
+    let host = if tunnel.v6 { 128 } else { 32 };
+    space.ip(&format!("-{family} route add {client}/{host} dev {} proto 30 table 118", tunnel.device()));
+}
+
+/// Gives the gateway a service address, and returns it.
+pub(crate) fn cluster_ip(topology: &Topology, v6: bool) -> IpAddr {
+    let space = &topology.node;
+    let pod = topology.gateway.address(v6);
+    let (table, service, target) = if v6 {
+        ("ip6", IpAddr::from([0xfd00, 0x96, 0, 0, 0, 0, 0, 10]), format!("[{pod}]:{PORT}"))
+    } else {
+        ("ip", IpAddr::from([10, 96, 0, 10]), format!("{pod}:{PORT}"))
+    };
+    nft(space, &format!("add table {table} proxy"));
+    nft(space, &format!("add chain {table} proxy services {{ type nat hook prerouting priority -100 ; }}"));
+    nft(
+        space,
+        &format!(
+            "add rule {table} proxy services {table} daddr {service} udp dport {PORT} counter dnat to {target}"
+        ),
+    );
+    service
+}
+
+fn nft(space: &NetNs, command: &str) {
+    space.exec(&format!("nft {command}"));
+}

@@ -1,0 +1,32 @@
+//! Tests that do not apply to some kernels, and why.
+
+/// A test that is left out on some kernels.
+pub struct Exception {
+    program: &'static str,
+    /// Name, or part that names share.
+    pub test: &'static str,
+    /// First version that it applies to again.
+    below: (u32, u32),
+    /// Why.
+    pub reason: &'static str,
+}
+
+const ALL: &[Exception] = &[
+    Exception {
+        program: "privileged",
+        test: "verifier::all_programs_load_within_the_budget",
+        below: (5, 16),
+        reason: "the kernel does not say how many instructions its verifier went through",
+    },
+    Exception {
+        program: "privileged",
+        test: "restart::a_link_of_an_interface_that_is_gone_is_not_taken_for_a_new_one",
+        below: (6, 6),
+        reason: "asks the kernel for its tcx links, which it has none of",
+    },
+];
+
+/// What does not apply to a kernel.
+pub fn of(program: &str, version: (u32, u32)) -> impl Iterator<Item = &'static Exception> {
+    ALL.iter().filter(move |exception| exception.program == program && version < exception.below)
+}

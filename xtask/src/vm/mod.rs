@@ -1,0 +1,241 @@
+//! `vm-test`: the same object and the same tests on other kernels, and interoperability with the FOU of
+//! the kernel itself, in virtual machines over this machine's root file system.
+//!
+//! `xtask/vm/vm-run.sh` downloads Debian's kernels and boots them; without hardware virtualisation they are
+//! emulated. What does not apply to a kernel is left out by name and with a reason, and counted.
+
+mod exceptions;
+mod kernels;
+mod report;
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail};
+use serde_json::Value;
+
+use crate::ebpf::{BuildEbpf, cargo};
+use crate::process::{output, say, tee};
+use crate::test::Tally;
+use crate::{host, root, target_dir};
+
+use kernels::Kernel;
+use report::Outcome;
+pub use report::Report;
+
+/// Runs the datapath's tests, and those of interoperability, on other kernels.
+#[derive(clap::Args, Debug)]
+pub struct VmTest {
+    /// `5.10`, `6.1`, `6.12`, `6.18`, `newest`, a Debian suite, or the folder of an unpacked kernel; by
+    /// default all that have a number, and the newest
+    kernels: Vec<String>,
+    /// Print one JSON object as the last line of standard output
+    #[arg(long)]
+    json: bool,
+    /// Which tests to run
+    #[arg(long, value_enum, default_value_t = Suite::All)]
+    suite: Suite,
+    /// Run only tests whose names contain this
+    #[arg(long)]
+    only: Option<String>,
+    /// Of the privileged tests run only the scenario table and one test of traffic, as `cargo xtask test`
+    #[arg(long)]
+    essential: bool,
+    /// Seconds after which a virtual machine is ended
+    #[arg(long, env = "COIL_VM_TIMEOUT", default_value_t = TIMEOUT)]
+    timeout: u32,
+    /// Show the consoles of the virtual machines
+    #[arg(long)]
+    console: bool,
+}
+
+/// A set of tests.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Suite {
+    /// Both
+    All,
+    /// The privileged tests of the agent: load, attach, scenarios, traffic
+    Privileged,
+    /// The datapath against the kernel's own tunnels
+    Interop,
+}
+
+/// Seconds that all tests take at most, on a machine that emulates and has other things to do.
+const TIMEOUT: u32 = 3600;
+
+/// Test programs of `coil-agent`, by the names of their targets.
+const PROGRAMS: &[(&str, Suite)] = &[("privileged", Suite::Privileged), ("interop", Suite::Interop)];
+
+/// What a virtual machine needs.
+const TOOLS: &[host::Tool] = &[
+    host::Tool { program: "qemu-system-x86_64", package: "qemu-system-x86" },
+    host::Tool { program: "busybox", package: "busybox-static" },
+    host::Tool { program: "modprobe", package: "kmod" },
+    host::Tool { program: "cpio", package: "cpio" },
+    host::Tool { program: "xz", package: "xz-utils" },
+    host::Tool { program: "zstd", package: "zstd" },
+    host::Tool {
+        program: "/usr/share/keyrings/debian-archive-keyring.gpg",
+        package: "debian-archive-keyring",
+    },
+];
+
+impl VmTest {
+    /// Runs the verb.
+    pub fn run(&self) -> Result<ExitCode> {
+        host::need_root("cargo xtask vm-test")?;
+        prepare()?;
+        BuildEbpf::default().run()?;
+        let programs = self.programs()?;
+        let wanted: Vec<_> = if self.kernels.is_empty() {
+            kernels::DEFAULT.iter().map(|name| (*name).to_owned()).collect()
+        } else {
+            self.kernels.clone()
+        };
+        let mut reports = Vec::new();
+        for name in &wanted {
+            let kernel = Kernel::get(name).with_context(|| format!("getting kernel {name}"))?;
+            reports.push(self.on(&kernel, &programs)?);
+        }
+        eprintln!("{}", report::table(&reports));
+        for report in &reports {
+            for (test, reason) in &report.left_out {
+                eprintln!("{}: left out: {test}: {reason}", report.kernel);
+            }
+        }
+        if self.json {
+            println!("{}", report::json(&reports));
+        }
+        let total = reports.iter().fold(Tally::default(), |mut sum, report| {
+            sum.add(report.tally());
+            sum
+        });
+        println!("{}", crate::test::closing_line("vm-test", total));
+        Ok(if total.failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    }
+
+    /// The test programs, built: name and executable.
+    fn programs(&self) -> Result<Vec<(&'static str, PathBuf)>> {
+        let mut programs = Vec::new();
+        for (name, suite) in PROGRAMS {
+            if [Suite::All, *suite].contains(&self.suite) {
+                programs.push((*name, build(name)?));
+            }
+        }
+        Ok(programs)
+    }
+
+    /// Boots a kernel and runs the programs in it.
+    fn on(&self, kernel: &Kernel, programs: &[(&'static str, PathBuf)]) -> Result<Report> {
+        say(format!("{}: booting, then running {}", kernel.release, names(programs)));
+        let start = Instant::now();
+        let mut report = Report::new(&kernel.release);
+        let mut script = String::from("result=0\n");
+        for (name, path) in programs {
+            let mut skip = String::new();
+            for exception in exceptions::of(name, kernel.version) {
+                skip.push_str(&format!(" --skip {}", exception.test));
+                report.left_out.push((exception.test.to_owned(), exception.reason.to_owned()));
+            }
+            let only = match &self.only {
+                Some(only) => only.clone(),
+                None if self.essential && *name == "privileged" => ESSENTIAL.join(" "),
+                None => String::new(),
+            };
+            let path = path.display();
+            // One at a time: an emulated machine gains nothing by more, and their output stays in order.
+            script.push_str(&format!(
+                "echo 'program {name}'; '{path}' --ignored --nocapture --test-threads=1 {skip} {only} || result=1\n"
+            ));
+        }
+        script.push_str("exit $result\n");
+        let mut command = runner();
+        command.args(["run", "-t", &self.timeout.to_string(), "-s"]).arg(target_dir());
+        if self.console {
+            command.arg("-v");
+        }
+        command.arg(&kernel.folder).args(["--", "bash", "-c", &script]);
+        let succeeded = tee(&mut command, |line| report.line(line))?;
+        report.seconds = start.elapsed().as_secs();
+        if !succeeded && report.tally().failed == 0 {
+            report.outcomes.push(("the virtual machine".into(), Outcome::Failed));
+        }
+        Ok(report)
+    }
+}
+
+/// What [`one_kernel`] came to.
+pub enum OneKernel {
+    /// It ran.
+    Ran(Report),
+    /// There is no such kernel or no virtual machine to be had, and why.
+    Unavailable(anyhow::Error),
+}
+
+/// Of the privileged tests, what `cargo xtask test` runs in a virtual machine: the scenario table and one
+/// test of traffic. All of them take several times as long there as outside.
+const ESSENTIAL: &[&str] = &["scenarios::", "traffic::traffic_goes_through_the_gateway_and_comes_back"];
+
+/// One kernel as part of `cargo xtask test`: the essential privileged tests, and all of interoperability.
+pub fn one_kernel() -> Result<OneKernel> {
+    let kernel = match prepare().and_then(|()| Kernel::get(kernels::FOR_TEST)) {
+        Ok(kernel) => kernel,
+        Err(error) => return Ok(OneKernel::Unavailable(error)),
+    };
+    let verb = VmTest {
+        kernels: vec![],
+        json: false,
+        suite: Suite::All,
+        only: None,
+        essential: true,
+        timeout: TIMEOUT,
+        console: false,
+    };
+    let report = verb.on(&kernel, &verb.programs()?)?;
+    eprintln!("{}", report::table(std::slice::from_ref(&report)));
+    Ok(OneKernel::Ran(report))
+}
+
+fn names(programs: &[(&'static str, PathBuf)]) -> String {
+    programs.iter().map(|(name, _)| *name).collect::<Vec<_>>().join(" and ")
+}
+
+/// Installs what is missing.
+fn prepare() -> Result<()> {
+    host::ensure(host::LAB)?;
+    host::ensure(TOOLS)
+}
+
+/// The script that knows virtual machines; kernels are kept below `target`, or in `VMLAB_DIR`.
+fn runner() -> Command {
+    let mut command = Command::new("bash");
+    command.arg(root().join("xtask/vm/vm-run.sh"));
+    if std::env::var_os("VMLAB_DIR").is_none() {
+        command.env("VMLAB_DIR", target_dir().join("vm"));
+    }
+    command
+}
+
+/// Builds a test program of `coil-agent` and finds it.
+fn build(name: &str) -> Result<PathBuf> {
+    say(format!("building the test program {name}"));
+    let messages = output(cargo().args([
+        "test",
+        "--package",
+        "coil-agent",
+        "--test",
+        name,
+        "--no-run",
+        "--message-format=json",
+    ]))?;
+    for line in messages.lines() {
+        let message: Value = serde_json::from_str(line).context("reading what cargo says")?;
+        if message["target"]["name"] == name
+            && let Some(path) = message["executable"].as_str()
+        {
+            return Ok(Path::new(path).to_owned());
+        }
+    }
+    bail!("cargo has built no test program {name}")
+}
