@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
+use std::time::Instant;
 
 use coil_agent::datapath::NodeDatapath;
 use coil_agent::desired::{DesiredState, GatewayState};
@@ -78,6 +79,7 @@ impl Case {
     /// Sets up, checks, removes.
     pub(crate) fn run(&self) {
         let v6 = self.tunnel.v6;
+        let start = Instant::now();
         let topology = Topology::new();
         let gateway = match self.path {
             Path::Direct => topology.gateway.address(v6),
@@ -109,9 +111,11 @@ impl Case {
                 None
             }
         };
+        let ready = start.elapsed();
         self.check(&topology);
+        println!("set up in {ready:.1?}, checked in {:.1?}", start.elapsed() - ready);
         let [at_node, at_gateway] = drops(&topology, node.is_some(), ours.is_some());
-        println!("{}: counted drops: node {at_node:?}, gateway {at_gateway:?}", self.name());
+        println!("counted drops: node {at_node:?}, gateway {at_gateway:?}");
         for (reason, packets) in at_node.iter().chain(&at_gateway) {
             // The packets that were made too large on purpose.
             assert!(*reason == "too_big", "{packets} packets dropped as {reason}");

@@ -4,6 +4,7 @@
 use std::net::IpAddr;
 
 use crate::support::net::NetNs;
+use crate::support::run_with_input;
 use crate::support::topology::Topology;
 
 const PORT: u16 = 5555;
@@ -53,12 +54,12 @@ impl Tunnel {
         }
     }
 
-    fn family(self) -> u8 {
-        if self.v6 { 6 } else { 4 }
+    fn family(self) -> &'static str {
+        if self.v6 { "-6" } else { "-4" }
     }
 
-    fn device(self) -> String {
-        format!("fou{}", self.family())
+    fn device(self) -> &'static str {
+        if self.v6 { "fou6" } else { "fou4" }
     }
 
     /// Receive port, tunnel device to the other end, and the one that takes packets from elsewhere.
@@ -70,32 +71,33 @@ impl Tunnel {
         for family in ["all", "default"] {
             space.sysctl(&format!("net.ipv4.conf.{family}.rp_filter"), "0");
         }
+        let mut commands = Vec::new();
         if v6 {
             space.sysctl("net.ipv6.conf.all.forwarding", "1");
-            let limit = if options_header {
-                "encaplimit 0 noencap-udp6-csum"
+            // `ip` wants the limit before, the checksum after the encapsulation.
+            let (limit, checksum) = if options_header {
+                ("encaplimit 0", "noencap-udp6-csum")
             } else {
-                "encaplimit none encap-udp6-csum"
+                ("encaplimit none", "encap-udp6-csum")
             };
             space.ip(&format!("-6 fou add port {PORT} ipproto 41"));
-            // `ip` wants the limit before, the checksum after the encapsulation.
-            let (limit, checksum) = limit.rsplit_once(' ').unwrap_or((limit, ""));
-            space.ip(&format!(
+            commands.push(format!(
                 "link add name {device} type ip6tnl mode ip6ip6 local {local} remote {remote} ttl 225 {limit} \
                  {encapsulation} {checksum}"
             ));
-            space.ip("link add name coil_ipip6 type ip6tnl external");
-            space.ip("link set coil_ipip6 up");
+            commands.push("link add name coil_ipip6 type ip6tnl external".to_owned());
+            commands.push("link set coil_ipip6 up".to_owned());
         } else {
             space.sysctl("net.ipv4.ip_forward", "1");
             space.ip(&format!("fou add port {PORT} ipproto 4"));
-            space.ip(&format!(
+            commands.push(format!(
                 "link add name {device} type ipip local {local} remote {remote} ttl 225 {encapsulation}"
             ));
-            space.ip("link add name coil_ipip4 type ipip external");
-            space.ip("link set coil_ipip4 up");
+            commands.push("link add name coil_ipip4 type ipip external".to_owned());
+            commands.push("link set coil_ipip4 up".to_owned());
         }
-        space.ip(&format!("link set {device} up"));
+        commands.push(format!("link set {device} up"));
+        space.ip_batch("", &commands);
     }
 }
 
@@ -103,20 +105,22 @@ impl Tunnel {
 pub(crate) fn client(topology: &Topology, tunnel: Tunnel, gateway: IpAddr) {
     let space = &topology.client.net;
     tunnel.make(space, topology.client.address(tunnel.v6), gateway);
-    let family = tunnel.family();
     let (link_local, private, all): (_, &[_], _) = if tunnel.v6 {
         ("fe80::/10", &["fc00::/7"], "::/0")
     } else {
         ("169.254.0.0/16", &["10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16"], "0.0.0.0/0")
     };
     let device = tunnel.device();
-    space.ip(&format!("-{family} rule add pref 1800 to {link_local} lookup main"));
-    space.ip(&format!("-{family} rule add pref 1900 lookup 117"));
+    let mut rules = vec![
+        format!("rule add pref 1800 to {link_local} lookup main"),
+        "rule add pref 1900 lookup 117".to_owned(),
+    ];
     for (index, network) in private.iter().enumerate() {
-        space.ip(&format!("-{family} rule add pref {} to {network} lookup main", 2000 + index));
+        rules.push(format!("rule add pref {} to {network} lookup main", 2000 + index));
     }
-    space.ip(&format!("-{family} rule add pref 2100 lookup 118"));
-    space.ip(&format!("-{family} route add {all} dev {device} proto 30 table 118"));
+    rules.push("rule add pref 2100 lookup 118".to_owned());
+    rules.push(format!("route add {all} dev {device} proto 30 table 118"));
+    space.ip_batch(tunnel.family(), &rules);
 }
 
 /// Makes the gateway pod one of Coil v2.
@@ -124,20 +128,27 @@ pub(crate) fn gateway(topology: &Topology, tunnel: Tunnel) {
     let space = &topology.gateway.net;
     let (own, client) = (topology.gateway.address(tunnel.v6), topology.client.address(tunnel.v6));
     tunnel.make(space, own, client);
-    let family = tunnel.family();
-    let (table, address) = if tunnel.v6 { ("ip6", "ip6") } else { ("ip", "ip") };
-    nft(space, &format!("add table {table} nat"));
-    nft(space, &format!("add chain {table} nat POSTROUTING {{ type nat hook postrouting priority 100 ; }}"));
+    masquerade(space, own);
+    let host = if tunnel.v6 { 128 } else { 32 };
+    let route = format!("route add {client}/{host} dev {} proto 30 table 118", tunnel.device());
+    space.ip_batch(tunnel.family(), &["rule add pref 2000 iif eth0 lookup 118".to_owned(), route]);
+}
+
+/// What leaves a gateway pod with an address other than its own gets that.
+pub(crate) fn masquerade(space: &NetNs, own: IpAddr) {
+    let table = if own.is_ipv6() { "ip6" } else { "ip" };
+    let foreign = format!("{table} saddr != {own} oifname eth0");
     nft(
         space,
-        &format!("add rule {table} nat POSTROUTING {address} saddr != {own} oifname eth0 counter masquerade"),
+        &[
+            format!("add table {table} nat"),
+            format!("add chain {table} nat POSTROUTING {{ type nat hook postrouting priority 100; }}"),
+            format!("add rule {table} nat POSTROUTING {foreign} counter masquerade"),
+            format!("add table {table} filter"),
+            format!("add chain {table} filter FORWARD {{ type filter hook forward priority 0; }}"),
+            format!("add rule {table} filter FORWARD oifname eth0 ct state invalid counter drop"),
+        ],
     );
-    nft(space, &format!("add table {table} filter"));
-    nft(space, &format!("add chain {table} filter FORWARD {{ type filter hook forward priority 0 ; }}"));
-    nft(space, &format!("add rule {table} filter FORWARD oifname eth0 ct state invalid counter drop"));
-    space.ip(&format!("-{family} rule add pref 2000 iif eth0 lookup 118"));
-    let host = if tunnel.v6 { 128 } else { 32 };
-    space.ip(&format!("-{family} route add {client}/{host} dev {} proto 30 table 118", tunnel.device()));
 }
 
 /// Gives the gateway a service address, and returns it.
@@ -149,17 +160,19 @@ pub(crate) fn cluster_ip(topology: &Topology, v6: bool) -> IpAddr {
     } else {
         ("ip", IpAddr::from([10, 96, 0, 10]), format!("{pod}:{PORT}"))
     };
-    nft(space, &format!("add table {table} proxy"));
-    nft(space, &format!("add chain {table} proxy services {{ type nat hook prerouting priority -100 ; }}"));
+    let service_port = format!("{table} daddr {service} udp dport {PORT}");
     nft(
         space,
-        &format!(
-            "add rule {table} proxy services {table} daddr {service} udp dport {PORT} counter dnat to {target}"
-        ),
+        &[
+            format!("add table {table} proxy"),
+            format!("add chain {table} proxy services {{ type nat hook prerouting priority -100; }}"),
+            format!("add rule {table} proxy services {service_port} counter dnat to {target}"),
+        ],
     );
     service
 }
 
-fn nft(space: &NetNs, command: &str) {
-    space.exec(&format!("nft {command}"));
+fn nft(space: &NetNs, commands: &[String]) {
+    let name = space.name();
+    run_with_input(&format!("ip netns exec {name} nft -f -"), &format!("{}\n", commands.join("\n")));
 }

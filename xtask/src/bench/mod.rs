@@ -2,6 +2,7 @@
 //!
 //! Goals are bounds that a figure must keep; a figure without one has `null` until it is set.
 
+mod path;
 mod testrun;
 mod traffic;
 
@@ -29,6 +30,10 @@ pub struct Bench {
 enum Name {
     /// Cost of each program on each path, and rates through the lab
     Datapath,
+    /// Rates of one path: plain routing, translation, VXLAN with translation, and ours
+    Path,
+    /// The same against the kernel's FOU, in a virtual machine that counts instructions
+    Counted,
 }
 
 /// A figure.
@@ -59,7 +64,11 @@ impl Bench {
         host::ensure(host::LAB)?;
         host::ensure(host::BENCH)?;
         Build::default().run()?;
-        let names = if self.names.is_empty() { &[Name::Datapath][..] } else { &self.names };
+        let names = if self.names.is_empty() {
+            &[Name::Datapath, Name::Path, Name::Counted][..]
+        } else {
+            &self.names
+        };
         let mut figures = Vec::new();
         for name in names {
             match name {
@@ -67,6 +76,8 @@ impl Bench {
                     figures.extend(testrun::measure()?);
                     figures.extend(runtime()?.block_on(traffic::measure())?);
                 }
+                Name::Path => figures.extend(path::native()?),
+                Name::Counted => figures.extend(path::counted()?),
             }
         }
         if figures.is_empty() {

@@ -31,6 +31,9 @@ pub const DEFAULT: &[&str] = &["5.10", "6.1", "6.12", "6.18", "newest"];
 /// What `cargo xtask test` runs: the oldest that most clusters have, without tcx.
 pub const FOR_TEST: &str = "6.1";
 
+/// Where instructions are counted.
+pub const FOR_BENCH: &str = "6.12";
+
 /// An unpacked kernel.
 pub struct Kernel {
     /// Where.

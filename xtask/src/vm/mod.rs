@@ -120,7 +120,7 @@ impl VmTest {
         let mut programs = Vec::new();
         for (name, suite) in PROGRAMS {
             if [Suite::All, *suite].contains(&self.suite) {
-                programs.push((*name, build(name)?));
+                programs.push((*name, build(name, &["test", "--test", name])?));
             }
         }
         Ok(programs)
@@ -217,18 +217,30 @@ fn runner() -> Command {
     command
 }
 
-/// Builds a test program of `coil-agent` and finds it.
-fn build(name: &str) -> Result<PathBuf> {
-    say(format!("building the test program {name}"));
-    let messages = output(cargo().args([
-        "test",
-        "--package",
-        "coil-agent",
-        "--test",
-        name,
-        "--no-run",
-        "--message-format=json",
-    ]))?;
+/// Builds a benchmark of `coil-agent` and finds it.
+pub fn benchmark(name: &str) -> Result<PathBuf> {
+    build(name, &["bench", "--profile", "dev", "--bench", name])
+}
+
+/// Runs a benchmark in a virtual machine in which every instruction takes a nanosecond.
+pub fn counted(program: &Path, arguments: &[&str], each: impl FnMut(&str)) -> Result<()> {
+    prepare()?;
+    let kernel = Kernel::get(kernels::FOR_BENCH)?;
+    say(format!("{}: booting, with instructions counted as time", kernel.release));
+    let mut command = runner();
+    command.args(["run", "-a", "icount", "-t", &TIMEOUT.to_string(), "-s"]).arg(target_dir());
+    command.arg(&kernel.folder).arg("--").arg(program).args(arguments);
+    if !tee(&mut command, each)? {
+        bail!("the benchmark failed in the virtual machine");
+    }
+    Ok(())
+}
+
+/// Builds a test program or benchmark of `coil-agent` and finds it.
+fn build(name: &str, select: &[&str]) -> Result<PathBuf> {
+    say(format!("building {name}"));
+    let messages =
+        output(cargo().args(select).args(["--package", "coil-agent", "--no-run", "--message-format=json"]))?;
     for line in messages.lines() {
         let message: Value = serde_json::from_str(line).context("reading what cargo says")?;
         if message["target"]["name"] == name

@@ -10,8 +10,9 @@ pub(crate) mod packets;
 pub(crate) mod raw;
 pub(crate) mod topology;
 
+use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
@@ -37,6 +38,23 @@ pub(crate) fn run(command: &str) -> String {
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
     assert!(output.status.success(), "{command}: {}", text(&output.stderr));
     text(&output.stdout)
+}
+
+/// The same for a command that reads its standard input.
+#[track_caller]
+pub(crate) fn run_with_input(command: &str, input: &str) {
+    let mut words = command.split_whitespace();
+    let mut child = Command::new(words.next().unwrap())
+        .args(words)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap_or_else(|error| panic!("{command} cannot be run: {error}"));
+    child.stdin.take().unwrap().write_all(input.as_bytes()).unwrap();
+    let output = child.wait_with_output().unwrap();
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{command}: {error}of\n{input}");
 }
 
 /// Waits until `condition` gives something.

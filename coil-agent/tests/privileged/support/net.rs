@@ -9,7 +9,7 @@ use std::thread::JoinHandle;
 
 use nix::sched::{CloneFlags, setns};
 
-use super::{run, unique};
+use super::{run, run_with_input, unique};
 
 /// A network name space, removed at the end.
 pub(crate) struct NetNs {
@@ -37,6 +37,14 @@ impl NetNs {
     #[track_caller]
     pub(crate) fn ip(&self, arguments: &str) -> String {
         run(&format!("ip -n {} {arguments}", self.name))
+    }
+
+    /// Runs several commands of `ip` inside, with options such as `-6`, in one process: starting one is
+    /// dear in an emulated machine.
+    #[track_caller]
+    pub(crate) fn ip_batch<S: AsRef<str>>(&self, options: &str, commands: &[S]) {
+        let text: String = commands.iter().map(|command| format!("{}\n", command.as_ref())).collect();
+        run_with_input(&format!("ip {options} -n {} -batch -", self.name), &text);
     }
 
     /// Runs a command inside.

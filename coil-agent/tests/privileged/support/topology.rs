@@ -243,15 +243,25 @@ fn host(node: &NetNs, name: &str, at_node: &'static str, v4: [u8; 3], v6: u16) -
     let net = NetNs::new(name);
     let [a, b, c] = v4;
     let prefix = if a == 192 { format!("2001:db8:{v6:x}") } else { format!("fd00:{v6:x}") };
-    node.ip(&format!("link add {at_node} type veth peer name eth0 netns {}", net.name()));
-    node.ip(&format!("address add {a}.{b}.{c}.1/24 dev {at_node}"));
-    node.ip(&format!("address add {prefix}::1/64 dev {at_node} nodad"));
-    node.ip(&format!("link set {at_node} up"));
-    net.ip(&format!("address add {a}.{b}.{c}.2/24 dev eth0"));
-    net.ip(&format!("address add {prefix}::2/64 dev eth0 nodad"));
-    net.ip("link set eth0 up");
-    net.ip(&format!("route add default via {a}.{b}.{c}.1"));
-    net.ip(&format!("route add default via {prefix}::1"));
+    node.ip_batch(
+        "",
+        &[
+            format!("link add {at_node} type veth peer name eth0 netns {}", net.name()),
+            format!("address add {a}.{b}.{c}.1/24 dev {at_node}"),
+            format!("address add {prefix}::1/64 dev {at_node} nodad"),
+            format!("link set {at_node} up"),
+        ],
+    );
+    net.ip_batch(
+        "",
+        &[
+            format!("address add {a}.{b}.{c}.2/24 dev eth0"),
+            format!("address add {prefix}::2/64 dev eth0 nodad"),
+            "link set eth0 up".to_owned(),
+            format!("route add default via {a}.{b}.{c}.1"),
+            format!("route add default via {prefix}::1"),
+        ],
+    );
     let ipv6 = format!("{prefix}::2").parse().unwrap();
     Host { net, ipv4: Ipv4Addr::new(a, b, c, 2), ipv6, at_node }
 }
