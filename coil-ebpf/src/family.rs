@@ -71,6 +71,8 @@ pub trait Family: Copy + Debug + PartialEq + Eq + 'static {
         dst_port: [u8; 2],
         protocol: u8,
     ) -> Self::KeyWords;
+    /// The key of a flow whose ports are in one word, as in a packet.
+    fn key_of_words(src: &Self::Addr, dst: &Self::Addr, ports: u32, protocol: u8) -> Self::KeyWords;
     /// The source of a key.
     fn key_src(key: &Self::KeyWords) -> Self::Addr;
     /// The destination of a key.
@@ -224,6 +226,11 @@ impl Family for V4 {
     }
 
     #[inline(always)]
+    fn key_of_words(src: &u32, dst: &u32, ports: u32, protocol: u8) -> [u32; 4] {
+        [*src, *dst, ports, protocol_word(protocol)]
+    }
+
+    #[inline(always)]
     fn key_src(key: &[u32; 4]) -> u32 {
         key[0]
     }
@@ -369,6 +376,13 @@ impl Family for V6 {
         let [s0, s1, s2, s3] = *src;
         let [d0, d1, d2, d3] = *dst;
         let ports = ports(src_port, dst_port);
+        [s0, s1, s2, s3, d0, d1, d2, d3, ports, protocol_word(protocol)]
+    }
+
+    #[inline(always)]
+    fn key_of_words(src: &[u32; 4], dst: &[u32; 4], ports: u32, protocol: u8) -> [u32; 10] {
+        let [s0, s1, s2, s3] = *src;
+        let [d0, d1, d2, d3] = *dst;
         [s0, s1, s2, s3, d0, d1, d2, d3, ports, protocol_word(protocol)]
     }
 

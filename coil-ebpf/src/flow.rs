@@ -19,6 +19,13 @@ impl<F: Family> Flow<F> {
         Self { key: F::key(src, dst, src_port, dst_port, protocol) }
     }
 
+    /// A flow whose ports are in one word, as in a packet.
+    #[inline(always)]
+    #[must_use]
+    pub fn of_words(src: &F::Addr, dst: &F::Addr, ports: u32, protocol: u8) -> Self {
+        Self { key: F::key_of_words(src, dst, ports, protocol) }
+    }
+
     /// The key of tables.
     #[inline(always)]
     #[must_use]
@@ -142,6 +149,14 @@ mod tests {
 
     fn flow(port: u16) -> Flow<V4> {
         Flow::new(&0x0200_010a, &0x0202_00c0, port.to_be_bytes(), [1, 187], 6)
+    }
+
+    #[test]
+    fn words_are_what_bytes_are() {
+        let ports = u32::from_ne_bytes([0x9c, 0x40, 1, 187]);
+        assert_eq!(Flow::of_words(&0x0200_010a, &0x0202_00c0, ports, 6), flow(40000));
+        let reversed = Flow::of_words(&0x0202_00c0, &0x0200_010a, ports.rotate_left(16), 6);
+        assert_eq!(reversed, flow(40000).reversed());
     }
 
     #[test]

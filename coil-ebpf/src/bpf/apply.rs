@@ -49,7 +49,7 @@ pub(super) fn rewrite<F: Build>(skb: &mut Skb, rewrite: &Rewrite<F>) -> Result<O
         return Err(DropReason::RewriteFailed);
     }
     if let Some(tunnel) = &rewrite.push {
-        push::<F>(skb, tunnel)?;
+        push::<F>(skb, tunnel, rewrite.way)?;
     }
     Ok(outcome)
 }
@@ -124,21 +124,24 @@ fn pop(skb: &mut Skb, bytes: usize) -> Result<(), DropReason> {
 }
 
 #[inline(always)]
-fn push<F: Build>(skb: &mut Skb, tunnel: &Tunnel<F>) -> Result<(), DropReason> {
+fn push<F: Build>(skb: &mut Skb, tunnel: &Tunnel<F>, way: Way) -> Result<(), DropReason> {
     let l3 = if F::INDEX == 0 { BPF_F_ADJ_ROOM_ENCAP_L3_IPV4 } else { BPF_F_ADJ_ROOM_ENCAP_L3_IPV6 };
     let flags = u64::from(BPF_F_ADJ_ROOM_FIXED_GSO | l3 | BPF_F_ADJ_ROOM_ENCAP_L4_UDP);
     // SAFETY: the context of a running program is valid.
     match unsafe { bpf_skb_adjust_room(skb.raw, F::OVERHEAD as i32, BPF_ADJ_ROOM_MAC, flags) } {
-        0 => put_head::<F>(skb, &F::tunnel(tunnel)),
+        0 => put_head::<F>(skb, &F::tunnel(tunnel), matches!(way, Way::Back)),
         ALREADY => Err(DropReason::AlreadyEncapsulated),
         _ => Err(DropReason::RewriteFailed),
     }
 }
 
-/// Writes the headers of the tunnel into the room that is there for them, and keeps the sum of a
-/// network card, should there be one, in step.
+/// Writes the headers of the tunnel into the room that is there for them.
+///
+/// Where the packet leaves by itself the sum of a network card, should there be one, is kept in step.
+/// Where it goes on through the stack that is not needed: forwarding forgets such a sum
+/// (`skb_forward_csum`), and nobody asks for it before, since the outer UDP checksum is zero.
 #[inline(always)]
-fn put_head<F: Build>(skb: &mut Skb, head: &F::Head) -> Result<(), DropReason> {
+fn put_head<F: Build>(skb: &mut Skb, head: &F::Head, in_step: bool) -> Result<(), DropReason> {
     skb.reload();
     let target = if F::INDEX == 0 {
         skb.bytes::<{ V4::OVERHEAD as usize }>(ETHERNET)
@@ -152,7 +155,9 @@ fn put_head<F: Build>(skb: &mut Skb, head: &F::Head) -> Result<(), DropReason> {
     // The helper refuses where no network card has summed the packet, which is as good.
     unsafe {
         target.cast::<Aligned<F::Head>>().write(Aligned(*head));
-        bpf_csum_update(skb.raw, F::weight(head));
+        if in_step {
+            bpf_csum_update(skb.raw, F::weight(head));
+        }
     }
     Ok(())
 }

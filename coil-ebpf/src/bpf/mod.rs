@@ -175,7 +175,8 @@ macro_rules! hit {
         let mut rewrite = Rewrite::new();
         match $decide(&skb, &mut rewrite) {
             None => Outcome::MISS,
-            Some(hit) => match apply::rewrite(&mut skb, &rewrite) {
+            Some(None) => Outcome::PASS.0,
+            Some(Some(hit)) => match apply::rewrite(&mut skb, &rewrite) {
                 Ok(outcome) => {
                     hit.commit(&Maps);
                     outcome.0
@@ -197,7 +198,9 @@ fn fast_from_pod<F: Usual>(ctx: &TcContext, pod: &PodValue) -> u64
 where
     Maps: NodeTables<F>,
 {
-    hit!(ctx, |skb: &Skb, rewrite: &mut Rewrite<F>| fast::from_pod(skb, pod, config(), &Maps, rewrite))
+    hit!(ctx, |skb: &Skb, rewrite: &mut Rewrite<F>| {
+        fast::from_pod(skb, pod, config(), &Maps, rewrite).map(Some)
+    })
 }
 
 #[inline(never)]
@@ -205,7 +208,9 @@ fn fast_to_pod<F: Usual>(ctx: &TcContext, pod: &PodValue) -> u64
 where
     Maps: NodeTables<F>,
 {
-    hit!(ctx, |skb: &Skb, rewrite: &mut Rewrite<F>| fast::to_pod(skb, pod, config(), &Maps, rewrite))
+    hit!(ctx, |skb: &Skb, rewrite: &mut Rewrite<F>| {
+        fast::to_pod(skb, pod, config(), &Maps, rewrite).map(Some)
+    })
 }
 
 #[inline(never)]
@@ -213,7 +218,7 @@ fn fast_out<F: Usual>(ctx: &TcContext) -> u64
 where
     Maps: NatTables<F>,
 {
-    hit!(ctx, |skb: &Skb, rewrite: &mut Rewrite<F>| fast::out(skb, config(), &Maps, rewrite))
+    hit!(ctx, |skb: &Skb, rewrite: &mut Rewrite<F>| { fast::out(skb, config(), &Maps, rewrite).map(Some) })
 }
 
 #[inline(never)]

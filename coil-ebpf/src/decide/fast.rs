@@ -131,12 +131,11 @@ fn transport<F: Family, V: View>(view: &V, ip: &Ip<F>) -> Option<L4> {
 
 /// Outer source and inner headers of a tunnelled packet.
 #[inline(always)]
-fn tunnelled<F: Usual, P: Packet>(packet: &P, config: &Config) -> Option<(Ip<F>, Ip<F>, L4)> {
+fn tunnelled<F: Usual, P: Packet>(packet: &P, view: &P::View, config: &Config) -> Option<(Ip<F>, Ip<F>, L4)> {
     /// Congestion experienced.
     const CE: u8 = 3;
-    let view = packet.view(F::TUNNELLED)?;
     let length = packet.length();
-    let outer = F::usual(&view, ETHERNET, length)?;
+    let outer = F::usual(view, ETHERNET, length)?;
     let udp = outer.l4;
     if outer.protocol != UDP
         || view.half(udp + 2) != u16::from_ne_bytes(config.fou_port)
@@ -144,7 +143,7 @@ fn tunnelled<F: Usual, P: Packet>(packet: &P, config: &Config) -> Option<(Ip<F>,
     {
         return None;
     }
-    let inner = F::usual(&view, udp + 8, length)?;
+    let inner = F::usual(view, udp + 8, length)?;
     let end = udp as u32 + u32::from(u16::from_be(view.half(udp + 4)));
     let inner_end = inner.at as u32 + inner.length;
     if end > ETHERNET as u32 + outer.length || inner_end > end {
@@ -153,8 +152,32 @@ fn tunnelled<F: Usual, P: Packet>(packet: &P, config: &Config) -> Option<(Ip<F>,
     if packet.gso_size() != 0 && inner_end != length {
         return None;
     }
-    let l4 = transport(&view, &inner)?;
+    let l4 = transport(view, &inner)?;
     Some((outer, inner, l4))
+}
+
+/// The flow of a packet; ports as a word, since taking them apart and putting them together again
+/// costs more than all else here.
+#[inline(always)]
+fn flow<F: Family, V: View>(view: &V, ip: &Ip<F>, l4: &L4) -> Flow<F> {
+    Flow::of_words(&ip.src, &ip.dst, view.word(l4.at), ip.protocol)
+}
+
+/// The flow of which a packet is the answer.
+#[inline(always)]
+fn answered<F: Family, V: View>(view: &V, ip: &Ip<F>, l4: &L4) -> Flow<F> {
+    Flow::of_words(&ip.dst, &ip.src, view.word(l4.at).rotate_left(16), ip.protocol)
+}
+
+/// A packet, or a datagram of one, does not fit the tunnel, or the packet must be cut first; see
+/// [`wire::exceeds`] and [`wire::is_uncut`].
+#[inline(always)]
+fn is_odd<F: Family, P: Packet>(packet: &P, ip: &Ip<F>, l4: &L4, mtu: u32) -> bool {
+    let size = packet.gso_size();
+    if size == 0 {
+        return ip.length + F::OVERHEAD > mtu.min(0xffff);
+    }
+    wire::exceeds(packet, ip, l4, mtu) || wire::is_uncut(packet, l4)
 }
 
 /// The gateway of a flow, if it still serves.
@@ -202,7 +225,7 @@ pub fn from_pod<F: Usual, P: Packet, T: NodeTables<F>>(
         return None;
     }
     let l4 = transport(&view, &ip)?;
-    let flow = l4.flow(&ip);
+    let flow = flow(&view, &ip, &l4);
     let entry = tables.flow(flow.key())?;
     let value = tables.flow_value(entry);
     if value.set != pod.set || value.state & STATE_CONFIRMED == 0 {
@@ -210,7 +233,7 @@ pub fn from_pod<F: Usual, P: Packet, T: NodeTables<F>>(
     }
     let gateway = gateway(&value, tables)?;
     let egress = tables.egress(value.egress)?;
-    if wire::exceeds(packet, &ip, &l4, pod.mtu) || wire::is_uncut(packet, &l4) {
+    if is_odd(packet, &ip, &l4, pod.mtu) {
         return None;
     }
     let tally = wire::tally(packet, &ip, &l4, 0, 0);
@@ -260,11 +283,12 @@ pub fn to_pod<F: Usual, P: Packet, T: NodeTables<F>>(
     if pod.flags != 0 {
         return None;
     }
-    let (outer, inner, l4) = tunnelled::<F, P>(packet, config)?;
+    let view = packet.view(F::TUNNELLED)?;
+    let (outer, inner, l4) = tunnelled::<F, P>(packet, &view, config)?;
     if !F::same(&inner.dst, &F::of_pod(pod)) {
         return None;
     }
-    let entry = tables.flow(l4.flow(&inner).reversed().key())?;
+    let entry = tables.flow(answered(&view, &inner, &l4).key())?;
     let value = tables.flow_value(entry);
     if value.set != pod.set || value.state & STATE_REPLY == 0 {
         return None;
@@ -312,11 +336,12 @@ pub fn out<F: Usual, P: Packet, T: NatTables<F>>(
     tables: &T,
     rewrite: &mut Rewrite<F>,
 ) -> Option<EntryHit<T::Entry>> {
-    let (outer, inner, l4) = tunnelled::<F, P>(packet, config)?;
+    let view = packet.view(F::TUNNELLED)?;
+    let (outer, inner, l4) = tunnelled::<F, P>(packet, &view, config)?;
     if !F::same(&outer.dst, &F::of_config(config)) || !F::same(&inner.src, &outer.src) || inner.ttl <= 1 {
         return None;
     }
-    let entry = tables.forward(l4.flow(&inner).key())?;
+    let entry = tables.forward(flow(&view, &inner, &l4).key())?;
     let to = tables.translation(entry);
     if to.tick != tables.tick() as u16 || to.state & STATE_CONFIRMED == 0 {
         return None;
@@ -334,14 +359,14 @@ pub fn out<F: Usual, P: Packet, T: NatTables<F>>(
     })
 }
 
-/// Decides about a packet from the world.
+/// Decides about a packet from the world; nothing for the gateway, says the inner `None`.
 #[inline(always)]
 pub fn back<F: Usual, P: Packet, T: NatTables<F>>(
     packet: &P,
     config: &Config,
     tables: &T,
     rewrite: &mut Rewrite<F>,
-) -> Option<EntryHit<T::Entry>> {
+) -> Option<Option<EntryHit<T::Entry>>> {
     let view = packet.view(F::PLAIN)?;
     let ip = F::usual(&view, ETHERNET, packet.length())?;
     if !F::same(&ip.dst, &F::of_config(config)) || ip.ttl <= 1 {
@@ -349,16 +374,18 @@ pub fn back<F: Usual, P: Packet, T: NatTables<F>>(
     }
     let l4 = transport(&view, &ip)?;
     // The long way takes it for a tunnelled packet.
-    if ip.protocol == UDP && u16::from_ne_bytes(l4.dst_port) == u16::from_ne_bytes(config.fou_port) {
+    if ip.protocol == UDP && view.half(l4.at + 2) == u16::from_ne_bytes(config.fou_port) {
         return None;
     }
-    let flow = l4.flow(&ip);
-    let entry = tables.reverse(flow.key())?;
+    let flow = flow(&view, &ip, &l4);
+    let Some(entry) = tables.reverse(flow.key()) else {
+        return Some(None);
+    };
     let to = tables.translation(entry);
     if to.tick != tables.tick() as u16 || to.state & STATE_REPLY == 0 {
         return None;
     }
-    if wire::exceeds(packet, &ip, &l4, config.mtu) || wire::is_uncut(packet, &l4) {
+    if is_odd(packet, &ip, &l4, config.mtu) {
         return None;
     }
     let tally = wire::tally(packet, &ip, &l4, 0, 0);
@@ -367,10 +394,10 @@ pub fn back<F: Usual, P: Packet, T: NatTables<F>>(
     rewrite.translate(packet, &ip, &l4, End::Destination, &to).ok()?;
     let auto = config.flags & CONFIG_SOURCE_PORT_AUTO != 0;
     rewrite.push = Some(push(&flow, &ip, F::of_config(config), to.addr, auto, config));
-    Some(EntryHit {
+    Some(Some(EntryHit {
         entry,
         stat: if F::INDEX == 0 { GatewayStat::ReplyV4 } else { GatewayStat::ReplyV6 },
         packets: tally.packets,
         bytes: tally.bytes,
-    })
+    }))
 }

@@ -88,7 +88,10 @@ where
             let hit = if matches!(outward, gateway::Direction::Out) {
                 fast::out(packet, config, tables, &mut rewrite)?
             } else {
-                fast::back(packet, config, tables, &mut rewrite)?
+                match fast::back(packet, config, tables, &mut rewrite)? {
+                    Some(hit) => hit,
+                    None => return Some(Action::Pass),
+                }
             };
             apply(packet, &rewrite);
             hit.commit(tables);
