@@ -6,6 +6,7 @@ use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 use anyhow::{Context, Result};
 use aya::programs::{ProgramFd, SchedClassifier};
 use aya::{Ebpf, EbpfLoader, VerifierLogLevel};
+use coil_common::names;
 
 use crate::scene::Entry;
 
@@ -79,6 +80,9 @@ fn bpf<T>(command: libc::c_int, attr: &mut T) -> io::Result<libc::c_long> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
 }
 
+/// Room for tracked flows.
+const ROOM: u32 = 1_100_000;
+
 /// The object in the kernel.
 pub struct Kernel {
     ebpf: Ebpf,
@@ -91,6 +95,9 @@ impl Kernel {
         let mut ebpf = EbpfLoader::new()
             .verifier_log_level(VerifierLogLevel::default())
             .override_global(coil_common::config::CONFIG, config, true)
+            .map_max_entries(names::MAP_FLOWS_V4, ROOM)
+            .map_max_entries(names::MAP_NAT_FORWARD_V4, ROOM)
+            .map_max_entries(names::MAP_NAT_REVERSE_V4, ROOM)
             .load(object)
             .context("loading the object (this needs root)")?;
         for (name, program) in ebpf.programs_mut() {

@@ -15,12 +15,14 @@ use coil_common::values::{
 
 /// Index of the interface that `BPF_PROG_TEST_RUN` gives its packets: the loopback device.
 pub const IFINDEX: u32 = 1;
-const FOU: u16 = 5555;
-const SET: u32 = 1;
+/// Port of the tunnel.
+pub const FOU: u16 = 5555;
+/// Policy set of the pod.
+pub const SET: u32 = 1;
 const UDP: u8 = 17;
 const PORTS: (u16, u16) = (40_000, 443);
 /// Payload of the packets: small ones show what a packet costs.
-const PAYLOAD: usize = 64;
+pub const PAYLOAD: usize = 64;
 
 /// An entry of a map.
 pub struct Entry {
@@ -46,8 +48,10 @@ pub struct Path {
     pub action: i32,
 }
 
-const NEXT: i32 = -1;
-const REDIRECT: i32 = 7;
+/// `TC_ACT_UNSPEC`
+pub const NEXT: i32 = -1;
+/// `TC_ACT_REDIRECT`
+pub const REDIRECT: i32 = 7;
 
 /// A family's addresses.
 struct Cast {
@@ -75,6 +79,12 @@ fn casts() -> [Cast; 2] {
             elsewhere: Ipv6Addr::new(0x2001, 0xdb8, 0xeeee, 0, 0, 0, 0, 0x10).into(),
         },
     ]
+}
+
+/// The client pod and the gateway, IPv4.
+pub fn ends() -> (IpAddr, IpAddr) {
+    let [v4, _] = casts();
+    (v4.client, v4.gateway)
 }
 
 /// Configuration of the programs.
@@ -255,7 +265,8 @@ pub fn paths() -> Vec<Path> {
     paths
 }
 
-fn key(src: IpAddr, dst: IpAddr, (src_port, dst_port): (u16, u16)) -> Vec<u8> {
+/// Key of a flow of UDP.
+pub fn key(src: IpAddr, dst: IpAddr, (src_port, dst_port): (u16, u16)) -> Vec<u8> {
     let (src_port, dst_port) = (src_port.to_be_bytes(), dst_port.to_be_bytes());
     if src.is_ipv4() {
         let key = FlowKey4 { src: four(src), dst: four(dst), src_port, dst_port, protocol: UDP, pad: [0; 3] };
@@ -267,7 +278,8 @@ fn key(src: IpAddr, dst: IpAddr, (src_port, dst_port): (u16, u16)) -> Vec<u8> {
     }
 }
 
-fn four(address: IpAddr) -> [u8; 4] {
+/// An IPv4 address; zeros for another.
+pub fn four(address: IpAddr) -> [u8; 4] {
     match address {
         IpAddr::V4(address) => address.octets(),
         IpAddr::V6(_) => [0; 4],
@@ -284,13 +296,14 @@ fn sixteen(address: IpAddr) -> [u8; 16] {
     bytes
 }
 
-fn frame(v4: bool, packet: &[u8]) -> Vec<u8> {
+/// A packet with an Ethernet header.
+pub fn frame(v4: bool, packet: &[u8]) -> Vec<u8> {
     let kind: [u8; 2] = if v4 { [0x08, 0x00] } else { [0x86, 0xdd] };
     [&[2, 0, 0, 0, 0, 1, 2, 0, 0, 0, 0, 2], kind.as_slice(), packet].concat()
 }
 
 /// A UDP packet without a UDP checksum: none of the measured paths depends on it.
-fn udp(src: IpAddr, dst: IpAddr, (src_port, dst_port): (u16, u16), payload: &[u8]) -> Vec<u8> {
+pub fn udp(src: IpAddr, dst: IpAddr, (src_port, dst_port): (u16, u16), payload: &[u8]) -> Vec<u8> {
     let length = u16::try_from(8 + payload.len()).expect("small packets");
     let mut packet = match (src, dst) {
         (IpAddr::V4(src), IpAddr::V4(dst)) => {
