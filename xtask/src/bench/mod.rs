@@ -55,6 +55,11 @@ pub struct Figure {
 }
 
 impl Figure {
+    /// A figure that must not fall below a bound.
+    fn at_least(name: impl Into<String>, value: f64, unit: &str, least: f64) -> Self {
+        Self { goal: Some(format!(">= {least}")), ok: value >= least, ..Self::plain(name, value, unit) }
+    }
+
     fn plain(name: impl Into<String>, value: f64, unit: &str) -> Self {
         Self { name: name.into(), value, unit: unit.to_owned(), goal: None, ok: true }
     }
