@@ -52,7 +52,7 @@ pub const EGRESS_DIRECT: u32 = u32::MAX;
 /// [`PolicyValue::egress`]: dropped, since the Egress that the pod names cannot be resolved.
 pub const EGRESS_BLOCK: u32 = u32::MAX - 1;
 
-/// Slots of the consistent-hash table of an egress; a prime, as Maglev needs.
+/// Slots of the consistent-hash table of an egress.
 pub const MAGLEV_SLOTS: usize = 509;
 
 /// An Egress for one address family; index: `2 * id + family` (0 is IPv4, 1 is IPv6).
