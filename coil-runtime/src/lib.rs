@@ -59,6 +59,7 @@ pub mod clock;
 pub mod kube_client;
 pub mod lease;
 pub mod metrics;
+pub mod patience;
 pub mod readiness;
 pub mod tasks;
 pub mod telemetry;

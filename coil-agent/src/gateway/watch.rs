@@ -3,17 +3,16 @@
 //! Objects are read one by one: one that cannot be read is logged and left out, and stalls nothing.
 
 use coil_api::Egress;
+use coil_runtime::patience::patient;
 use futures::StreamExt;
 use k8s_openapi::api::core::v1::{Namespace, Pod};
 use kube::api::{ApiResource, DynamicObject};
-use kube::runtime::WatchStreamExt;
 use kube::runtime::watcher::{self, Config, Event};
 use kube::{Api, Client, Resource};
 use serde::de::DeserializeOwned;
 use tokio::sync::mpsc;
 
 use super::clients::{Change, Input, PodKey, PodView};
-use crate::watch::Patience;
 
 /// Nobody listens any more.
 #[derive(Debug, thiserror::Error)]
@@ -101,8 +100,7 @@ async fn follow<K, V>(
     kind: Kind<K, V>,
     sender: Sender,
 ) -> Result<(), Closed> {
-    let stream = watcher::watcher(api, config).backoff(Patience::default());
-    let mut stream = std::pin::pin!(stream);
+    let mut stream = patient(watcher::watcher(api, config));
     let mut listed = Vec::new();
     let mut refused = false;
     while let Some(event) = stream.next().await {

@@ -4,25 +4,20 @@
 //! logged and left out, and what was known of it stays.
 
 use std::fmt;
-use std::time::Duration;
 
 use coil_api::{Egress, names};
+use coil_runtime::patience::patient;
 use futures::StreamExt;
 use k8s_openapi::api::core::v1::{Namespace, Pod};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use kube::api::{ApiResource, DynamicObject, PartialObjectMeta};
-use kube::runtime::WatchStreamExt;
-use kube::runtime::utils::Backoff;
-use kube::runtime::watcher::{self, Config, DefaultBackoff, Event};
+use kube::runtime::watcher::{self, Config, Event};
 use kube::{Api, Client, Resource, ResourceExt};
 use serde::de::DeserializeOwned;
 
 use crate::index::{Change, EgressView, NamespaceView, ObjectKey, PodView, SliceView};
 use crate::metrics::WatchMetrics;
 use crate::state::{Closed, Input, StateHandle};
-
-/// Longest wait between attempts while the API server is away.
-const BACKOFF_MAX: Duration = Duration::from_secs(10);
 
 /// What became of an object.
 enum Read<T> {
@@ -124,8 +119,7 @@ async fn follow<K, T>(
 where
     K: Resource + Clone + DeserializeOwned + fmt::Debug + Send + 'static,
 {
-    let stream = watcher::watcher(api, config).backoff(Patience::default());
-    let mut stream = std::pin::pin!(stream);
+    let mut stream = patient(watcher::watcher(api, config));
     let mut objects = Vec::new();
     let mut unreadable = Vec::new();
     while let Some(event) = stream.next().await {
@@ -202,24 +196,6 @@ where
 
 fn key<K: Resource>(object: &K) -> ObjectKey {
     ObjectKey::new(object.namespace().unwrap_or_default(), object.name_any())
-}
-
-/// The usual backoff, but an API server that is back is noticed sooner.
-#[derive(Default)]
-pub(crate) struct Patience(DefaultBackoff);
-
-impl Iterator for Patience {
-    type Item = Duration;
-
-    fn next(&mut self) -> Option<Duration> {
-        self.0.next().map(|wait| wait.min(BACKOFF_MAX))
-    }
-}
-
-impl Backoff for Patience {
-    fn reset(&mut self) {
-        self.0.reset();
-    }
 }
 
 fn failed(kind: &'static str, error: &watcher::Error, metrics: &WatchMetrics) {

@@ -6,6 +6,7 @@ use std::error::Error;
 use std::time::Duration;
 
 use coil_api::{Egress, names};
+use coil_runtime::patience::patient;
 use coil_runtime::tasks::Drain;
 use futures::stream::{BoxStream, select};
 use futures::{Stream, StreamExt, TryStreamExt};
@@ -49,15 +50,14 @@ impl Bindings {
     pub(crate) fn new(client: Client) -> (Self, Watches) {
         let (egresses, writer) = reflector::store();
         let egress_api = Api::<DeserializeGuard<Egress>>::all(client.clone());
-        let egress_events = watcher(egress_api, watcher::Config::default())
-            .default_backoff()
+        let egress_events = patient(watcher(egress_api, watcher::Config::default()))
             .reflect(writer)
             .touched_objects()
             .map_ok(|_| Changed::Egress);
         let binding_api = Api::<ClusterRoleBinding>::all(client.clone());
         let only_ours = watcher::Config::default().fields(&format!("metadata.name={NAME}"));
         let binding_events =
-            watcher(binding_api, only_ours).default_backoff().touched_objects().map_ok(|_| Changed::Binding);
+            patient(watcher(binding_api, only_ours)).touched_objects().map_ok(|_| Changed::Binding);
         let watches = Watches(select(egress_events, binding_events).boxed());
         (
             Self {

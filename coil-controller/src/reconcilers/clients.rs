@@ -9,6 +9,7 @@ use std::time::Duration;
 use coil_api::clients::{PodFacts, client_reason};
 use coil_api::egress::EgressClient;
 use coil_api::{Egress, EgressRef};
+use coil_runtime::patience::patient;
 use coil_runtime::tasks::Drain;
 use futures::stream::{BoxStream, select_all};
 use futures::{StreamExt, TryStreamExt};
@@ -48,16 +49,14 @@ impl Clients {
         changes: impl futures::Stream<Item = ()> + Send + 'static,
     ) -> (Self, Watches) {
         let (pods, writer) = reflector::store();
-        let pod_events = watcher(Api::<Pod>::all(client.clone()), watcher::Config::default())
-            .default_backoff()
+        let pod_events = patient(watcher(Api::<Pod>::all(client.clone()), watcher::Config::default()))
             .modify(strip)
             .reflect(writer)
             .touched_objects()
             .map_ok(drop);
         let (namespaces, writer) = reflector::store();
         let namespace_api = Api::<PartialObjectMeta<Namespace>>::all(client.clone());
-        let namespace_events = watcher(namespace_api, watcher::Config::default())
-            .default_backoff()
+        let namespace_events = patient(watcher(namespace_api, watcher::Config::default()))
             .reflect(writer)
             .touched_objects()
             .map_ok(drop);

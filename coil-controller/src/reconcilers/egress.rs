@@ -9,6 +9,7 @@ use coil_api::egress::validate;
 use coil_api::violation::describe;
 use coil_api::{Egress, EgressStatus, conditions, names};
 use coil_runtime::clock::Clock;
+use coil_runtime::patience;
 use coil_runtime::tasks::Drain;
 use futures::StreamExt;
 use k8s_openapi::api::apps::v1::Deployment;
@@ -80,6 +81,7 @@ pub(crate) async fn run(context: Arc<Context>, registry: &Registry, drain: Drain
         .owns(Api::<Service>::all(client.clone()), ours.clone())
         .owns(Api::<PodDisruptionBudget>::all(client), ours)
         .reconcile_all_on(context.bindings.changes())
+        .trigger_backoff(patience::backoff())
         .with_config(controller::Config::default().debounce(SETTLE).concurrency(CONCURRENCY))
         .graceful_shutdown_on(drain.cancelled_owned())
         .run(reconcile, error_policy, context)
