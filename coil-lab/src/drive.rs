@@ -209,6 +209,28 @@ pub async fn flow(
     source: IpAddr,
     destination: (IpAddr, u16),
 ) -> Result<Flow> {
+    find_flow(lab, node, protocol, source, None, destination).await
+}
+
+/// The same for the flow of one port of the pod.
+pub async fn flow_of_port(
+    lab: &Lab,
+    node: &str,
+    protocol: u8,
+    source: (IpAddr, u16),
+    destination: (IpAddr, u16),
+) -> Result<Flow> {
+    find_flow(lab, node, protocol, source.0, Some(source.1), destination).await
+}
+
+async fn find_flow(
+    lab: &Lab,
+    node: &str,
+    protocol: u8,
+    source: IpAddr,
+    source_port: Option<u16>,
+    destination: (IpAddr, u16),
+) -> Result<Flow> {
     let family = if source.is_ipv4() { "v4" } else { "v6" };
     let map = format!("{}/v1/flows_{family}", paths::node_pins(node).display());
     let dump =
@@ -224,6 +246,7 @@ pub async fn flow(
             && bytes(&key["dst"]) == octets(to)
             && bytes(&key["dst_port"]) == port.to_be_bytes()
             && number(&key["protocol"]) == Some(protocol.into())
+            && source_port.is_none_or(|port| bytes(&key["src_port"]) == port.to_be_bytes())
         {
             let field = |name: &str| number(&value[name]).with_context(|| format!("{map}: no field {name}"));
             return Ok(Flow {

@@ -1,9 +1,10 @@
 //! The client of the external host's servers. Each verb prints one JSON object and fails if anything was not as it
 //! should be.
 
+use super::gso::{self, GsoArgs};
 use super::pattern::{CHUNK, Digest, Pattern};
 use super::report::{Peer, Received, Stream, Transfer, Udp};
-use super::server::{UDP_QUESTION, pause};
+use super::server::{UDP_QUESTION, pause, spacious};
 use anyhow::{Context, bail, ensure};
 use axum::body::{Body, Bytes};
 use axum::http::{Method, Request, Response, Uri};
@@ -13,6 +14,7 @@ use hyper_util::rt::TokioExecutor;
 use serde::Serialize;
 use std::net::SocketAddr;
 use std::os::fd::AsRawFd;
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{TcpStream, UdpSocket};
@@ -69,6 +71,9 @@ enum Verb {
         /// Print a line of progress on standard error each second
         #[arg(long)]
         progress: bool,
+        /// End sooner, as soon as this file exists
+        #[arg(long)]
+        until: Option<PathBuf>,
     },
     /// Send datagrams to the UDP echo server
     Udp {
@@ -83,6 +88,16 @@ enum Verb {
         /// Milliseconds between two
         #[arg(long, default_value_t = 5)]
         interval_ms: u64,
+        /// Send no more once this file exists
+        #[arg(long)]
+        until: Option<PathBuf>,
+    },
+    /// Send datagrams to the UDP echo server of large pieces, many with one system call
+    Gso {
+        /// HOST:PORT of the echo server
+        server: SocketAddr,
+        #[command(flatten)]
+        datagrams: GsoArgs,
     },
 }
 
@@ -103,8 +118,12 @@ struct StreamArgs {
 pub async fn run(args: ClientArgs) -> anyhow::Result<()> {
     let ClientArgs { verb, timeout } = args;
     let mut limit = Duration::from_secs(timeout);
-    if let Verb::Stream { seconds, .. } = &verb {
-        limit = limit.max(Duration::from_secs(seconds + 30));
+    match &verb {
+        Verb::Stream { seconds, .. } => limit = limit.max(Duration::from_secs(seconds + 30)),
+        Verb::Udp { count, interval_ms, .. } => {
+            limit = limit.max(Duration::from_millis(count * interval_ms) + Duration::from_secs(30));
+        }
+        _ => {}
     }
     let work = async {
         match verb {
@@ -124,13 +143,18 @@ pub async fn run(args: ClientArgs) -> anyhow::Result<()> {
                 let transfer = download(server, stream).await?;
                 print(&transfer, transfer.ok)
             }
-            Verb::Stream { server, seconds, rate, stall_ms, progress } => {
+            Verb::Stream { server, seconds, rate, stall_ms, progress, until } => {
                 let stall = Duration::from_millis(stall_ms);
-                let done = echo_stream(server, Duration::from_secs(seconds), rate, stall, progress).await?;
+                let end = End { duration: Duration::from_secs(seconds), file: until };
+                let done = echo_stream(server, end, rate, stall, progress).await?;
                 print(&done, done.ok)
             }
-            Verb::Udp { server, count, size, interval_ms } => {
-                let done = udp(server, count, size, Duration::from_millis(interval_ms)).await?;
+            Verb::Udp { server, count, size, interval_ms, until } => {
+                let done = udp(server, count, size, Duration::from_millis(interval_ms), until).await?;
+                print(&done, done.ok)
+            }
+            Verb::Gso { server, datagrams } => {
+                let done = gso::client(server, datagrams).await?;
                 print(&done, done.ok)
             }
         }
@@ -227,9 +251,21 @@ async fn json<T: serde::de::DeserializeOwned>(response: Response<Body>) -> anyho
     serde_json::from_slice(&text).context("the server's answer")
 }
 
+/// When a stream ends: after a time, or when somebody has made a file.
+struct End {
+    duration: Duration,
+    file: Option<PathBuf>,
+}
+
+impl End {
+    fn is_due(&self, begun: Instant) -> bool {
+        begun.elapsed() >= self.duration || self.file.as_ref().is_some_and(|file| file.exists())
+    }
+}
+
 async fn echo_stream(
     server: SocketAddr,
-    duration: Duration,
+    end: End,
     rate: u64,
     stall: Duration,
     progress: bool,
@@ -251,7 +287,7 @@ async fn echo_stream(
         let mut sent = 0;
         'all: for chunk in Pattern::new(1, u64::MAX) {
             for piece in chunk.chunks(piece_size) {
-                if begun.elapsed() >= duration {
+                if end.is_due(begun) {
                     break 'all;
                 }
                 writer.write_all(piece).await?;
@@ -339,10 +375,17 @@ fn retransmits(socket: i32) -> u32 {
     if result == 0 { info.tcpi_total_retrans } else { 0 }
 }
 
-async fn udp(server: SocketAddr, count: u64, size: usize, interval: Duration) -> anyhow::Result<Udp> {
+async fn udp(
+    server: SocketAddr,
+    mut count: u64,
+    size: usize,
+    interval: Duration,
+    until: Option<PathBuf>,
+) -> anyhow::Result<Udp> {
     let any: SocketAddr = if server.is_ipv4() { ([0, 0, 0, 0], 0).into() } else { ([0u16; 8], 0).into() };
     let socket = UdpSocket::bind(any).await?;
     socket.connect(server).await?;
+    spacious(&socket).context("buffer of the socket")?;
     let mut buffer = vec![0; 64 * 1024];
     socket.send(UDP_QUESTION).await?;
     let peer = match tokio::time::timeout(Duration::from_secs(2), socket.recv(&mut buffer)).await {
@@ -362,6 +405,11 @@ async fn udp(server: SocketAddr, count: u64, size: usize, interval: Duration) ->
     while !missing.is_empty() && (sent < count || last_sent.elapsed() < Duration::from_secs(2)) {
         tokio::select! {
             _ = next.tick(), if sent < count => {
+                if until.as_ref().is_some_and(|file| file.exists()) {
+                    missing.retain(|number| *number < sent);
+                    count = sent;
+                    continue;
+                }
                 socket.send(&datagram(sent)).await?;
                 sent += 1;
                 last_sent = Instant::now();

@@ -83,3 +83,22 @@ pub struct Udp {
     /// The client as the server saw it; `None` where the question or its answer was lost.
     pub peer: Option<Peer>,
 }
+
+/// Output of `client gso`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Gso {
+    /// Whether every datagram came back as sent, once.
+    pub ok: bool,
+    /// Datagrams sent.
+    pub sent: u64,
+    /// Bytes in them.
+    pub bytes: u64,
+    /// Datagrams that came back as sent.
+    pub received: u64,
+    /// Datagrams that came back different, or more than once.
+    pub wrong: u64,
+    /// System calls that received them.
+    pub receives: u64,
+    /// The client's own port.
+    pub port: u16,
+}

@@ -2,7 +2,7 @@
 
 use super::pattern::{Digest, Pattern};
 use super::report::{Peer, Received};
-use super::{ECHO_PORT, HTTP_PORT};
+use super::{ECHO_PORT, GSO_PORT, HTTP_PORT, gso};
 use anyhow::Context;
 use axum::body::Body;
 use axum::extract::connect_info::Connected;
@@ -12,6 +12,7 @@ use axum::routing::{get, post};
 use axum::serve::IncomingStream;
 use axum::{Json, Router};
 use futures::StreamExt;
+use nix::sys::socket::{setsockopt, sockopt};
 use serde::Deserialize;
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
@@ -35,6 +36,9 @@ pub struct ServerArgs {
     /// Port of the TCP and UDP echo
     #[arg(long, default_value_t = ECHO_PORT)]
     pub echo_port: u16,
+    /// Port of the UDP echo that sends and receives many datagrams at once
+    #[arg(long, default_value_t = GSO_PORT)]
+    pub gso_port: u16,
 }
 
 /// Both ends of a connection.
@@ -51,7 +55,7 @@ impl Connected<IncomingStream<'_, TcpListener>> for Ends {
 
 /// Serves until one of the servers fails.
 pub async fn run(args: ServerArgs) -> anyhow::Result<()> {
-    let ServerArgs { address, http_port, echo_port } = args;
+    let ServerArgs { address, http_port, echo_port, gso_port } = args;
     let app = Router::new()
         .route("/peer", get(peer))
         .route("/upload", post(upload).put(upload))
@@ -72,7 +76,12 @@ pub async fn run(args: ServerArgs) -> anyhow::Result<()> {
         let udp = UdpSocket::bind((address, echo_port))
             .await
             .with_context(|| format!("UDP echo on {address} port {echo_port}"))?;
+        spacious(&udp).context("buffer of the UDP echo")?;
         servers.spawn(echo_udp(udp));
+        let gso = UdpSocket::bind((address, gso_port))
+            .await
+            .with_context(|| format!("UDP echo of many datagrams on {address} port {gso_port}"))?;
+        servers.spawn(gso::echo(gso));
     }
     println!("serving");
     match servers.join_next().await {
@@ -149,6 +158,12 @@ async fn echo(mut stream: TcpStream, peer: SocketAddr) -> std::io::Result<()> {
         }
         stream.write_all(&buffer[..size]).await?;
     }
+}
+
+/// Room for what arrives while a busy machine runs other programs; without it the socket drops what the network has
+/// delivered.
+pub(crate) fn spacious(socket: &UdpSocket) -> std::io::Result<()> {
+    Ok(setsockopt(socket, sockopt::RcvBufForce, &(8 << 20))?)
 }
 
 async fn echo_udp(socket: UdpSocket) -> std::io::Result<()> {

@@ -11,6 +11,7 @@ mod path_mtu;
 mod policy;
 mod restart;
 mod support;
+mod udp_gso;
 
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -29,6 +30,7 @@ fn main() -> ExitCode {
         path_mtu::scenarios(),
         bad_input::scenarios(),
         offloads::scenarios(),
+        udp_gso::scenarios(),
         // Last: these kill what the others use.
         restart::scenarios(),
     ]

@@ -23,11 +23,12 @@ async fn same_node_is_byte_exact(lab: &Lab) -> Result<()> {
     transfers(lab, "off-near", "worker1").await
 }
 
-const FEATURES: [&str; 4] = ["tso", "gso", "gro", "tx"];
+const FEATURES: [&str; 5] = ["tso", "gso", "gro", "tx", "tx-udp-segmentation"];
 
 /// A hop: a place, and one of its interfaces.
-struct Hop {
-    what: &'static str,
+pub struct Hop {
+    /// For messages.
+    pub what: &'static str,
     place: Target,
     interface: String,
 }
@@ -44,18 +45,9 @@ async fn transfers(lab: &Lab, namespace: &str, gateway_node: &str) -> Result<()>
     let gateway = gateways.names().next().context("no egress pod")?.to_owned();
     let own = Addresses::of(lab, &["--namespace", name.0, "pod", name.1]).await?;
     let address = ip(INTERNET[0]);
-    let hops = [
-        Hop { what: "client pod", place: pod(name.0, name.1), interface: "eth0".to_owned() },
-        host_side(lab, "client's veth", "worker1", own.like(address)?).await?,
-        Hop {
-            what: "client's node",
-            place: Target::Node("worker1".to_owned()),
-            interface: "eth0".to_owned(),
-        },
-        host_side(lab, "gateway's veth", gateway_node, gateways.like(address)?).await?,
-        Hop { what: "egress pod", place: pod(namespace, &gateway), interface: "eth0".to_owned() },
-        Hop { what: "external host", place: Target::External, interface: "eth0".to_owned() },
-    ];
+    let hops =
+        hops(lab, name, (namespace, &gateway), gateway_node, own.like(address)?, gateways.like(address)?)
+            .await?;
     exact(lab, name, "all on").await?;
     for hop in &hops {
         set(lab, hop, "off").await?;
@@ -74,6 +66,29 @@ async fn transfers(lab: &Lab, namespace: &str, gateway_node: &str) -> Result<()>
     remove(lab, &[name.0, namespace]).await
 }
 
+/// All interfaces between a client on `worker1` and the external host.
+pub async fn hops(
+    lab: &Lab,
+    client: (&str, &str),
+    gateway: (&str, &str),
+    gateway_node: &str,
+    client_address: IpAddr,
+    gateway_address: IpAddr,
+) -> Result<[Hop; 6]> {
+    Ok([
+        Hop { what: "client pod", place: pod(client.0, client.1), interface: "eth0".to_owned() },
+        leads_to(lab, "client's veth", Target::Node("worker1".to_owned()), client_address).await?,
+        Hop {
+            what: "client's node",
+            place: Target::Node("worker1".to_owned()),
+            interface: "eth0".to_owned(),
+        },
+        leads_to(lab, "gateway's veth", Target::Node(gateway_node.to_owned()), gateway_address).await?,
+        Hop { what: "egress pod", place: pod(gateway.0, gateway.1), interface: "eth0".to_owned() },
+        Hop { what: "external host", place: Target::External, interface: "eth0".to_owned() },
+    ])
+}
+
 async fn exact(lab: &Lab, name: (&str, &str), offloads: &str) -> Result<()> {
     for server in INTERNET.map(ip) {
         for verb in ["upload", "download"] {
@@ -87,16 +102,16 @@ async fn exact(lab: &Lab, name: (&str, &str), offloads: &str) -> Result<()> {
     Ok(())
 }
 
-/// The host-side interface of a pod: where the node routes its address to.
-async fn host_side(lab: &Lab, what: &'static str, node: &str, address: IpAddr) -> Result<Hop> {
-    let place = Target::Node(node.to_owned());
+/// The interface of a place by which it reaches an address.
+pub async fn leads_to(lab: &Lab, what: &'static str, place: Target, address: IpAddr) -> Result<Hop> {
     let route = exec(lab, &place, &["ip", "route", "get", &address.to_string()]).await?;
     let mut words = route.split_whitespace().skip_while(|word| *word != "dev");
     let interface = words.nth(1).with_context(|| format!("no interface in: {route}"))?.to_owned();
     Ok(Hop { what, place, interface })
 }
 
-async fn set(lab: &Lab, hop: &Hop, value: &str) -> Result<()> {
+/// Turns all offloads of a hop on or off.
+pub async fn set(lab: &Lab, hop: &Hop, value: &str) -> Result<()> {
     let mut argv = vec!["ethtool", "-K", &hop.interface];
     for feature in FEATURES {
         argv.extend([feature, value]);
