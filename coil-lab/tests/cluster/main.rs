@@ -11,6 +11,7 @@ mod path_mtu;
 mod policy;
 mod restart;
 mod support;
+mod tally;
 mod udp_gso;
 
 use std::process::ExitCode;

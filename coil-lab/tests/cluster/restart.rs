@@ -1,15 +1,16 @@
 //! Agents killed while traffic flows, and the API away: nothing is lost.
 
-use std::net::SocketAddr;
-use std::time::Duration;
+use std::net::{IpAddr, SocketAddr};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use coil_lab::drive::{Addresses, apply, ask, exec, flow, get, pod, until, wait_for};
-use coil_lab::report::{Stream, Udp};
-use coil_lab::{Lab, Target};
+use coil_lab::report::{Peer, Stream, Udp};
+use coil_lab::{Lab, Target, paths};
 use serde_json::Value;
 
-use crate::support::{ECHO, INTERNET, client, egress, ip, on_node, ready, remove, scenarios, through};
+use crate::support::{ECHO, HTTP, INTERNET, client, egress, ip, on_node, ready, remove, scenarios, through};
+use crate::tally::{Tally, Way};
 
 scenarios! {
     kill_9_loses_no_packet,
@@ -34,67 +35,117 @@ pub(crate) async fn restarts(lab: &Lab, arguments: &[&str]) -> Result<i64> {
     Ok(sum)
 }
 
-/// kill -9 of every `coild` and `coil-egress` in the middle of a TCP stream and of a UDP exchange: no
-/// segment is sent again, no datagram is missing, the new processes adopt maps and links, and the
-/// counters of the flow go on.
+/// How often all agents are killed in a row.
+const KILLS: usize = 3;
+
+/// kill -9 of every `coild` and `coil-egress`, several times in a row, in the middle of a TCP stream and of
+/// a UDP exchange of each family: every packet that one end sends arrives at the other, as counters at both
+/// ends show, the new processes adopt maps and links, and the counters of the flows go on.
+///
+/// Segments that TCP sends again say nothing: a machine that is busy delays acknowledgements until TCP
+/// takes them for lost. Such a duplicate arrives as well, or the counters differ.
 async fn kill_9_loses_no_packet(lab: &Lab) -> Result<()> {
     let name = ("kill-client", "client");
     let manifest = egress("kill", "e", &["203.0.113.0/24", "2001:db8:ffff::/48"], &on_node("worker2"))
         + &client(name.0, name.1, "worker1", &[("egress.coil.cybozu.com/kill", "e")]);
     ready(lab, &manifest, ("kill", "e"), name).await?;
-    let own = Addresses::of(lab, &["--namespace", name.0, "pod", name.1]).await?;
-    let place = pod(name.0, name.1);
-    // A busy machine delays acknowledgements by more than two round trips, and then tail loss probes send
-    // again what was never lost. Without them each segment that is sent again was missing.
-    let no_probes = "echo 0 > /proc/sys/net/ipv4/tcp_early_retrans";
-    exec(lab, &place, &["sh", "-c", no_probes]).await?;
-    let agents = ["--namespace", "kube-system", "pod", "--selector", "app.kubernetes.io/component=coild"];
-    let gateways = ["--namespace", "kill", "pod"];
+    let gateway = Addresses::of_egress(lab, "kill", "e").await?;
+    let mut ways = Vec::new();
     for server in INTERNET.map(ip) {
-        let to = SocketAddr::new(server, ECHO).to_string();
-        let before = (restarts(lab, &agents).await?, restarts(lab, &gateways).await?);
-        let arguments = ["stream", &to, "--seconds", "12", "--rate", "2000000", "--stall-ms", "2000"];
-        let stream = ask::<Stream>(lab, &place, &arguments);
-        let datagrams = ["udp", &to, "--count", "2000", "--interval-ms", "5"];
-        let exchange = ask::<Udp>(lab, &place, &datagrams);
-        let kill = async {
-            let started = until("the stream has a flow", || async {
-                let started = flow(lab, "worker1", TCP, own.like(server)?, (server, ECHO)).await?;
-                ensure!(started.rx_packets > 100, "{started:?}");
-                Ok(started)
-            })
-            .await?;
-            let killed = kill_9(lab, &["coild", "coil-egress"])?;
-            ensure!(killed >= 3, "only {killed} processes were killed");
-            until("the agents are back", || async {
-                let now = (restarts(lab, &agents).await?, restarts(lab, &gateways).await?);
-                ensure!(now.0 >= before.0 + 2 && now.1 > before.1, "restarts {before:?}, now {now:?}");
-                Ok(())
-            })
-            .await?;
-            until("the flow's counters go on", || async {
-                let later = flow(lab, "worker1", TCP, own.like(server)?, (server, ECHO)).await?;
-                ensure!(
-                    later.tx_packets > started.tx_packets && later.rx_bytes > started.rx_bytes,
-                    "{started:?}, {later:?}"
-                );
-                Ok(())
-            })
-            .await
-        };
-        let (stream, exchange, killed) = tokio::join!(stream, exchange, kill);
-        killed?;
-        let (stream, exchange) = (stream?, exchange?);
-        ensure!(stream.ok && stream.retransmits == 0, "{stream:?}");
-        ensure!(exchange.ok && exchange.sent == exchange.received, "{exchange:?}");
-        // The new agents still do their work: a changed policy takes effect.
+        // Nothing is lost while a gateway learns of its client, either.
         through(lab, name, server, ("kill", "e")).await?;
+        ways.push(Way { server, gateway: gateway.like(server)? });
     }
+    let tally = Tally::start(lab, pod(name.0, name.1), Target::External, &ways, ECHO).await?;
+    let done = killed_in_the_middle(lab, name, &tally).await;
+    tally.stop(lab).await?;
+    done?;
+    // The new agents still do their work: a changed policy takes effect.
     let late = ("kill-client", "late");
     apply(lab, &client(late.0, late.1, "worker1", &[("egress.coil.cybozu.com/kill", "e")])).await?;
     wait_for(lab, "condition=Ready", late.0, &["pod", late.1]).await?;
-    through(lab, late, ip(INTERNET[0]), ("kill", "e")).await?;
+    for server in INTERNET.map(ip) {
+        through(lab, name, server, ("kill", "e")).await?;
+        through(lab, late, server, ("kill", "e")).await?;
+    }
     remove(lab, &["kill-client", "kill"]).await
+}
+
+async fn killed_in_the_middle(lab: &Lab, name: (&str, &str), tally: &Tally) -> Result<()> {
+    let own = Addresses::of(lab, &["--namespace", name.0, "pod", name.1]).await?;
+    let enough = std::path::Path::new(paths::ROOT).join("enough");
+    let end = enough.display().to_string();
+    let talk = |server: IpAddr| {
+        let (place, end) = (pod(name.0, name.1), end.clone());
+        async move {
+            let to = SocketAddr::new(server, ECHO).to_string();
+            let stream = ["--seconds", "110", "--rate", "1000000", "--stall-ms", "4000", "--until", &end];
+            let stream = [&["stream", to.as_str()], stream.as_slice()].concat();
+            let exchange = ["udp", &to, "--count", "20000", "--interval-ms", "5", "--until", &end];
+            tokio::try_join!(ask::<Stream>(lab, &place, &stream), ask::<Udp>(lab, &place, &exchange))
+        }
+    };
+    let kill = async {
+        for round in 0..KILLS {
+            killed_once(lab, &own).await.with_context(|| format!("round {round}"))?;
+        }
+        Ok::<_, anyhow::Error>(())
+    };
+    let kill = async {
+        let done = kill.await;
+        std::fs::write(&enough, "")?;
+        done
+    };
+    let [v4, v6] = INTERNET.map(ip);
+    let (v4, v6, killed) = tokio::join!(talk(v4), talk(v6), kill);
+    std::fs::remove_file(&enough)?;
+    killed?;
+    eprintln!("no packet lost: {:?}", tally.nothing_lost(lab).await?);
+    for done in [v4, v6] {
+        let (stream, exchange) = done?;
+        ensure!(stream.ok, "{stream:?}");
+        ensure!(exchange.ok && exchange.sent == exchange.received && exchange.sent > 100, "{exchange:?}");
+        eprintln!("{stream:?}, {exchange:?}");
+    }
+    Ok(())
+}
+
+/// Kills all agents and waits until they are back, while the flows of both families go on.
+async fn killed_once(lab: &Lab, own: &Addresses) -> Result<()> {
+    let agents = ["--namespace", "kube-system", "pod", "--selector", "app.kubernetes.io/component=coild"];
+    let gateways = ["--namespace", "kill", "pod"];
+    let counted = || async {
+        let mut flows = Vec::new();
+        for server in INTERNET.map(ip) {
+            flows.push(flow(lab, "worker1", TCP, own.like(server)?, (server, ECHO)).await?);
+        }
+        Ok::<_, anyhow::Error>(flows)
+    };
+    let before = (restarts(lab, &agents).await?, restarts(lab, &gateways).await?);
+    let started = until("the streams have flows", || async {
+        let flows = counted().await?;
+        ensure!(flows.iter().all(|flow| flow.rx_packets > 100), "{flows:?}");
+        Ok(flows)
+    })
+    .await?;
+    let killed = kill_9(lab, &["coild", "coil-egress"])?;
+    ensure!(killed >= 3, "only {killed} processes were killed");
+    until("the agents are back", || async {
+        let now = (restarts(lab, &agents).await?, restarts(lab, &gateways).await?);
+        ensure!(now.0 >= before.0 + 2 && now.1 > before.1, "restarts {before:?}, now {now:?}");
+        Ok(())
+    })
+    .await?;
+    until("the flows' counters go on", || async {
+        let later = counted().await?;
+        let on = started
+            .iter()
+            .zip(&later)
+            .all(|(before, after)| after.tx_packets > before.tx_packets && after.rx_bytes > before.rx_bytes);
+        ensure!(on, "{started:?}, {later:?}");
+        Ok(())
+    })
+    .await
 }
 
 const TCP: u8 = 6;
@@ -123,6 +174,10 @@ pub(crate) fn kill_9(lab: &Lab, programs: &[&str]) -> Result<usize> {
     Ok(killed)
 }
 
+/// Time from the end of an outage of the API until a pod made then is served. An agent tries to connect for
+/// three seconds, of which the last two are silent, and waits for two at most; the rest is for making a pod.
+const RECOVERY: Duration = Duration::from_secs(10);
+
 /// The API is unreachable for a while: traffic goes on, new connections too, and nothing is forgotten.
 async fn api_away_changes_nothing(lab: &Lab) -> Result<()> {
     let name = ("away-client", "client");
@@ -136,7 +191,7 @@ async fn api_away_changes_nothing(lab: &Lab) -> Result<()> {
                   add rule inet away in tcp dport 6443 drop";
     exec(lab, &Target::Router, &["nft", refuse]).await.context("taking the API away")?;
     let during = async {
-        let begun = std::time::Instant::now();
+        let begun = Instant::now();
         while begun.elapsed() < Duration::from_secs(60) {
             for server in INTERNET.map(ip) {
                 gateways.expect(crate::support::peer(lab, name, server).await?)?;
@@ -146,11 +201,23 @@ async fn api_away_changes_nothing(lab: &Lab) -> Result<()> {
     }
     .await;
     exec(lab, &Target::Router, &["nft", "delete table inet away"]).await.context("giving the API back")?;
+    let back = Instant::now();
     during?;
     let late = ("away-client", "late");
     apply(lab, &client(late.0, late.1, "worker1", &[("egress.coil.cybozu.com/away", "e")])).await?;
     wait_for(lab, "condition=Ready", late.0, &["pod", late.1]).await?;
-    // Watches that were cut off come back with a delay that grows.
-    until("the gateway knows the new client", || through(lab, late, ip(INTERNET[1]), ("away", "e"))).await?;
+    let made = back.elapsed();
+    let server = SocketAddr::new(ip(INTERNET[1]), HTTP).to_string();
+    let seen = until("the gateway knows the new client", || async {
+        ask::<Peer>(lab, &pod(late.0, late.1), &["--timeout", "1", "peer", &server]).await
+    })
+    .await?;
+    let served = back.elapsed();
+    eprintln!("a new pod was ready {made:?} after the API was back, and served after {served:?}");
+    gateways.expect(seen.peer)?;
+    ensure!(
+        served < RECOVERY,
+        "it took {served:?} until a new client was served, {made:?} of them to make it"
+    );
     remove(lab, &["away-client", "away"]).await
 }
