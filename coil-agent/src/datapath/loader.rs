@@ -14,10 +14,13 @@ use aya_obj::{Object, ParseError};
 use coil_common::config::{CONFIG, Config};
 use coil_common::names;
 
+use super::layout::btf::Btf;
+use super::migrate::{Migration, MigrationError};
 use super::object::object;
 use super::older::Lacks;
 use super::pins::PinError;
-use super::sys::{self, MapInfo, ObjectKind};
+use super::raw_map::{Layouts, RawMap};
+use super::sys::MapInfo;
 
 /// Whose programs and maps are loaded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,6 +43,23 @@ impl Role {
         match self {
             Self::Node => Self::Gateway,
             Self::Gateway => Self::Node,
+        }
+    }
+
+    /// Maps of the role whose entries only the agent makes; the datapath makes or changes all others.
+    pub(crate) fn written(self) -> &'static [&'static str] {
+        match self {
+            Self::Node => &[
+                names::MAP_PODS,
+                names::MAP_POLICY_V4,
+                names::MAP_POLICY_V6,
+                names::MAP_EGRESSES,
+                names::MAP_EGRESS_NAMES,
+                names::MAP_GATEWAYS,
+                names::MAP_PEERS_V4,
+                names::MAP_PEERS_V6,
+            ],
+            Self::Gateway => &[names::MAP_CLIENTS_V4, names::MAP_CLIENTS_V6],
         }
     }
 
@@ -74,23 +94,9 @@ pub enum LoadError {
         /// Its name.
         name: &'static str,
     },
-    /// A pinned map has another layout.
-    #[error(
-        "{} has {field} {pinned}, this program needs {wanted}: it was pinned by an incompatible \
-         build; remove {} once no pod of this node uses an Egress", path.display(), folder.display()
-    )]
-    Layout {
-        /// The pin.
-        path: PathBuf,
-        /// Folder of all pins of this version.
-        folder: PathBuf,
-        /// What differs.
-        field: &'static str,
-        /// As it is.
-        pinned: u32,
-        /// As it should be.
-        wanted: u32,
-    },
+    /// A pinned map has another layout, and its contents cannot be moved.
+    #[error(transparent)]
+    Migration(#[from] MigrationError),
     /// Something else is pinned where a map should be.
     #[error("{} is not a map; remove it", path.display())]
     NotAMap {
@@ -139,6 +145,7 @@ pub enum LoadError {
 pub struct Loaded {
     ebpf: Ebpf,
     sizes: Vec<(&'static str, u32)>,
+    migration: Migration,
 }
 
 /// Loads the programs and maps of `role`, with its maps pinned in `folder` or taken from there. `sizes`
@@ -151,11 +158,15 @@ pub fn load(
 ) -> Result<Loaded, LoadError> {
     let bytes = Lacks::probe().map_err(LoadError::Probe)?.adapt(object()?);
     let definitions = Object::parse(&bytes)?;
+    let btf = definitions.btf.as_ref().and_then(|btf| Btf::parse(&btf.to_bytes()));
+    let is_lively = |name: &str| !role.written().contains(&name);
+    let mut migration = Migration::recover(folder, is_lively)?;
     let mut capacities = Vec::new();
+    let mut pins = Vec::new();
     for &name in role.maps() {
         let map = definitions.maps.get(name).ok_or(LoadError::Missing { what: "map", name })?;
         let size = sizes.iter().find(|(sized, _)| *sized == name).map(|(_, size)| *size);
-        let wanted = MapInfo {
+        let mut wanted = MapInfo {
             map_type: map.map_type(),
             id: 0,
             key_size: map.key_size(),
@@ -163,13 +174,36 @@ pub fn load(
             max_entries: size.unwrap_or(map.max_entries()),
             flags: map.map_flags(),
         };
-        let pinned = check_pin(&folder.join(name), folder, &wanted, size.is_some())?;
-        capacities.push((name, pinned.unwrap_or(wanted.max_entries)));
+        let layouts = match (&btf, map) {
+            (Some(btf), aya_obj::Map::Btf(map)) => {
+                Layouts::of(btf, map.def.btf_key_type_id, map.def.btf_value_type_id)
+            }
+            _ => None,
+        };
+        let path = folder.join(name);
+        let path = match pinned(&path)? {
+            None => path,
+            Some(pinned) => {
+                if size.is_some() && pinned.info.max_entries > wanted.max_entries {
+                    tracing::warn!(
+                        map = %path.display(), capacity = pinned.info.max_entries,
+                        wanted = wanted.max_entries,
+                        "a pinned map keeps its capacity, since its entries are in use",
+                    );
+                    wanted.max_entries = pinned.info.max_entries;
+                }
+                let fits =
+                    fits(&pinned, &wanted, layouts.as_ref()).map_err(PinError::path("describe", &path))?;
+                if fits { path } else { migration.begin(name, is_lively(name))? }
+            }
+        };
+        capacities.push((name, wanted.max_entries));
+        pins.push(path);
     }
     let mut loader = EbpfLoader::new();
     loader.override_global(CONFIG, config, true);
-    for &(name, capacity) in &capacities {
-        loader.map_pin_path(name, folder.join(name)).map_max_entries(name, capacity);
+    for (&(name, capacity), path) in capacities.iter().zip(pins) {
+        loader.map_pin_path(name, path).map_max_entries(name, capacity);
     }
     for &name in role.other().maps() {
         if !role.maps().contains(&name) {
@@ -186,7 +220,9 @@ pub fn load(
             .map_err(refused)?;
         classifier.load().map_err(refused)?;
     }
-    Ok(Loaded { ebpf, sizes: capacities })
+    // Only now that the kernel has taken the programs: until then nothing has changed for anybody.
+    migration.fill()?;
+    Ok(Loaded { ebpf, sizes: capacities, migration })
 }
 
 /// Lines of the verifier's log that an error carries.
@@ -204,54 +240,34 @@ fn refused(program: &'static str) -> impl Fn(ProgramError) -> LoadError + Copy {
     }
 }
 
-/// Compares a pin with what it should be; returns its capacity if there is one.
-fn check_pin(
-    path: &Path,
-    folder: &Path,
-    wanted: &MapInfo,
-    size_may_differ: bool,
-) -> Result<Option<u32>, LoadError> {
-    let (fd, kind) = match sys::object_get(path) {
-        Ok(object) => object,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+/// The map that is pinned at a path.
+fn pinned(path: &Path) -> Result<Option<RawMap>, LoadError> {
+    match RawMap::open(path) {
+        Ok(map) => Ok(map),
+        Err(error) if error.kind() == io::ErrorKind::InvalidData => {
+            Err(LoadError::NotAMap { path: path.to_path_buf() })
+        }
         // A folder, a symbolic link or a file that the file system has put there.
-        Err(error) => return Err(PinError::path("open", path)(error).into()),
-    };
-    if kind != ObjectKind::Map {
-        return Err(LoadError::NotAMap { path: path.to_path_buf() });
+        Err(error) => Err(PinError::path("open", path)(error).into()),
     }
-    let pinned = sys::map_info(&fd).map_err(PinError::path("describe", path))?;
-    let mut fields = vec![
-        ("type", pinned.map_type, wanted.map_type),
-        ("key size", pinned.key_size, wanted.key_size),
-        ("value size", pinned.value_size, wanted.value_size),
-        ("flags", pinned.flags, wanted.flags),
-    ];
-    if size_may_differ {
-        if pinned.max_entries != wanted.max_entries {
-            tracing::warn!(
-                map = %path.display(), capacity = pinned.max_entries, wanted = wanted.max_entries,
-                "a pinned map keeps its capacity, since its entries are in use",
-            );
-        }
-    } else {
-        fields.push(("capacity", pinned.max_entries, wanted.max_entries));
+}
+
+/// Whether a pinned map is what the programs need.
+fn fits(pinned: &RawMap, wanted: &MapInfo, layouts: Option<&Layouts>) -> io::Result<bool> {
+    if (MapInfo { id: 0, ..pinned.info }) != *wanted {
+        return Ok(false);
     }
-    for (field, pinned, wanted) in fields {
-        if pinned != wanted {
-            return Err(LoadError::Layout {
-                path: path.to_path_buf(),
-                folder: folder.to_path_buf(),
-                field,
-                pinned,
-                wanted,
-            });
-        }
-    }
-    Ok(Some(pinned.max_entries))
+    let known = pinned.layouts()?;
+    Ok(known.is_none() || layouts.is_none() || known.as_ref() == layouts)
 }
 
 impl Loaded {
+    /// Says that all programs have been replaced: maps that these need in another way than the pinned ones
+    /// take the place of those. Can be repeated after a failure.
+    pub(crate) fn finish_migration(&mut self) -> Result<(), LoadError> {
+        Ok(self.migration.finish()?)
+    }
+
     /// Takes the typed handle of a map; each can be taken once.
     pub(crate) fn map<T>(&mut self, map: &'static str) -> Result<T, LoadError>
     where

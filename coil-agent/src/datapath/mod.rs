@@ -7,13 +7,16 @@
 mod attach;
 mod encode;
 mod icmp;
+mod layout;
 mod loader;
 mod maglev;
 mod maps;
+mod migrate;
 mod object;
 mod older;
 mod pins;
 mod plan;
+mod raw_map;
 mod state;
 mod stats;
 mod sweep;
@@ -58,6 +61,7 @@ pub use self::encode::EncodeError;
 pub use self::icmp::IcmpLimit;
 pub use self::loader::{LoadError, Loaded, Role, load};
 pub use self::maps::MapAccessError;
+pub use self::migrate::MigrationError;
 pub use self::pins::PinError;
 pub use self::sys::{SkBuff, TestRun, test_run};
 
@@ -254,7 +258,7 @@ impl NodeDatapath {
         let sweeper = FlowSweeper::new(&mut loaded, flows.clone())?;
         let capacities: Vec<_> = names::NODE_MAPS
             .iter()
-            .filter(|map| WRITTEN.contains(map))
+            .filter(|map| Role::Node.written().contains(map) && **map != names::MAP_EGRESSES)
             .map(|map| (*map, loaded.capacity(map)))
             .collect();
         let flow_capacity = [loaded.capacity(names::MAP_FLOWS_V4), loaded.capacity(names::MAP_FLOWS_V6)];
@@ -300,22 +304,15 @@ impl NodeDatapath {
     }
 }
 
-/// Maps whose entries only the agent makes.
-const WRITTEN: &[&str] = &[
-    names::MAP_PODS,
-    names::MAP_POLICY_V4,
-    names::MAP_POLICY_V6,
-    names::MAP_EGRESS_NAMES,
-    names::MAP_GATEWAYS,
-    names::MAP_PEERS_V4,
-    names::MAP_PEERS_V6,
-];
-
 impl Datapath for NodeDatapath {
     fn apply(&mut self, state: &DesiredState) -> Result<ApplyReport, DatapathError> {
         let report = self.writer.apply::<DatapathError>(state)?;
         if let Some(maps) = self.writer.maps() {
             self.fill.set(maps);
+        }
+        // An interface that still has an earlier program still uses the earlier maps.
+        if state.complete && !report.failed.iter().any(|(_, error)| matches!(error, PodError::Attach(_))) {
+            self.loaded.finish_migration()?;
         }
         Ok(report)
     }

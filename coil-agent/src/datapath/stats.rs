@@ -17,6 +17,7 @@ use prometheus::{IntCounter, IntCounterVec, IntGaugeVec, Opts};
 use super::encode::decode_egress_name;
 use super::loader::LoadError;
 use super::maps::MapAccessError;
+use super::migrate;
 use super::state::MapState;
 
 /// Opens a pinned map once more, for a reader of its own.
@@ -24,7 +25,7 @@ pub(crate) fn open_pinned<T>(folder: &Path, map: &'static str) -> Result<T, Load
 where
     T: TryFrom<Map, Error = MapError>,
 {
-    MapData::from_pin(folder.join(map))
+    MapData::from_pin(migrate::current(folder, map))
         .and_then(Map::from_map_data)
         .and_then(T::try_from)
         .map_err(|source| LoadError::MapType { map, source })

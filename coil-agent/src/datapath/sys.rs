@@ -24,7 +24,7 @@ pub(crate) const TCX_INGRESS: u32 = 46;
 pub(crate) const TCX_EGRESS: u32 = 47;
 
 /// Calls `bpf`; the kernel takes every field that is beyond the attribute as zero.
-fn bpf<T: Pod>(command: libc::c_int, attribute: &mut T) -> io::Result<libc::c_long> {
+pub(super) fn bpf<T: Pod>(command: libc::c_int, attribute: &mut T) -> io::Result<libc::c_long> {
     // SAFETY: `attribute` is plain data, alive and writable during the call, and its size is passed.
     // Addresses in it come from the safe wrappers below, which keep what they point to alive.
     let result =
@@ -33,17 +33,17 @@ fn bpf<T: Pod>(command: libc::c_int, attribute: &mut T) -> io::Result<libc::c_lo
 }
 
 /// Takes over the descriptor that a system call has returned.
-fn owned(fd: libc::c_long) -> io::Result<OwnedFd> {
+pub(super) fn owned(fd: libc::c_long) -> io::Result<OwnedFd> {
     let fd = libc::c_int::try_from(fd).map_err(|_| io::ErrorKind::InvalidData)?;
     // SAFETY: the kernel has just returned this descriptor to us and nobody else knows it.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-fn raw(fd: impl AsFd) -> u32 {
+pub(super) fn raw(fd: impl AsFd) -> u32 {
     fd.as_fd().as_raw_fd().cast_unsigned()
 }
 
-fn address<T>(pointer: *const T) -> u64 {
+pub(super) fn address<T>(pointer: *const T) -> u64 {
     pointer.addr() as u64
 }
 
@@ -98,15 +98,21 @@ struct InfoAttribute {
     info: u64,
 }
 
-fn info<T: Pod>(fd: impl AsFd) -> io::Result<T> {
+/// Describes an object of the kernel.
+pub(super) fn info<T: Pod>(fd: impl AsFd) -> io::Result<T> {
     let mut info = T::zeroed();
+    info_into(fd, &mut info)?;
+    Ok(info)
+}
+
+/// The same, where the kernel first reads from `info` what it shall write to.
+pub(super) fn info_into<T: Pod>(fd: impl AsFd, info: &mut T) -> io::Result<()> {
     let mut attribute = InfoAttribute {
         fd: raw(fd),
         length: u32::try_from(size_of::<T>()).map_err(|_| io::ErrorKind::InvalidInput)?,
-        info: address(std::ptr::from_mut(&mut info)),
+        info: address(std::ptr::from_mut(info)),
     };
-    bpf(OBJ_GET_INFO_BY_FD, &mut attribute)?;
-    Ok(info)
+    bpf(OBJ_GET_INFO_BY_FD, &mut attribute).map(drop)
 }
 
 /// The kernel's description of a map: the head of `bpf_map_info`.
@@ -119,11 +125,6 @@ pub(crate) struct MapInfo {
     pub(crate) value_size: u32,
     pub(crate) max_entries: u32,
     pub(crate) flags: u32,
-}
-
-/// Describes a map.
-pub(crate) fn map_info(fd: impl AsFd) -> io::Result<MapInfo> {
-    info(fd)
 }
 
 /// The kernel's description of a tcx link: the head of `bpf_link_info`.
@@ -253,11 +254,28 @@ pub(crate) fn lookup_batch<K: Pod, V: Pod>(
     cursor: &mut Cursor,
     count: usize,
 ) -> io::Result<Vec<(K, V)>> {
+    let (mut keys, mut values) = (Vec::new(), Vec::new());
+    let sizes = (size_of::<K>(), size_of::<V>());
+    let read = lookup_batch_bytes(map, cursor, count, sizes, &mut keys, &mut values)?;
+    let keys = keys.chunks_exact(sizes.0).map(bytemuck::pod_read_unaligned);
+    let values = values.chunks_exact(sizes.1).map(bytemuck::pod_read_unaligned);
+    Ok(keys.zip(values).take(read).collect())
+}
+
+/// The same for a map of which only the sizes of keys and values are known; how many were read.
+pub(super) fn lookup_batch_bytes(
+    map: impl AsFd,
+    cursor: &mut Cursor,
+    count: usize,
+    (key_size, value_size): (usize, usize),
+    keys: &mut Vec<u8>,
+    values: &mut Vec<u8>,
+) -> io::Result<usize> {
     let map = map.as_fd();
     let mut count = count.max(64);
     loop {
-        let mut keys = vec![K::zeroed(); count];
-        let mut values = vec![V::zeroed(); count];
+        keys.resize(count * key_size, 0);
+        values.resize(count * value_size, 0);
         let from = cursor.0;
         let mut to = 0u32;
         let mut attribute = BatchAttribute {
@@ -282,8 +300,7 @@ pub(crate) fn lookup_batch<K: Pod, V: Pod>(
                 _ => return Err(error),
             },
         }
-        let read = usize::try_from(attribute.count).unwrap_or(0).min(count);
-        return Ok(keys.into_iter().zip(values).take(read).collect());
+        return Ok(usize::try_from(attribute.count).unwrap_or(0).min(count));
     }
 }
 

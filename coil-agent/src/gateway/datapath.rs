@@ -101,6 +101,7 @@ impl GatewayDatapath {
         };
         let path = folder.join(names::PROGRAM_GATEWAY);
         let fresh = program.attach(*ifindex, &path, program.mode())?;
+        loaded.finish_migration()?;
         tracing::info!(pins = %folder.display(), adopted = !fresh, "gateway program attached");
         Ok(Self {
             clients: ClientMaps::new(&mut loaded)?,

@@ -9,4 +9,5 @@ mod restart;
 mod scenarios;
 mod support;
 mod traffic;
+mod upgrade;
 mod verifier;

@@ -26,7 +26,7 @@ fn maps_of_another_layout_are_refused_by_name() {
     let path = topology.bpffs.node().join(MAP_PODS);
     map.pin(&path).unwrap();
     let error = open_error(&topology);
-    assert!(matches!(&error, DatapathError::Load(LoadError::Layout { .. })), "{error:?}");
+    assert!(matches!(&error, DatapathError::Load(LoadError::Migration(_))), "{error:?}");
     assert!(error.to_string().contains("v1/pods"), "{error}");
     // Something that is no map at all.
     std::fs::remove_file(&path).unwrap();

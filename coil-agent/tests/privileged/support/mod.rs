@@ -4,6 +4,9 @@
 
 #![expect(clippy::panic, clippy::unwrap_used, reason = "tests")]
 
+#[path = "../../../src/datapath/layout/builder.rs"]
+mod builder;
+pub(crate) mod foreign;
 pub(crate) mod maps;
 pub(crate) mod net;
 pub(crate) mod packets;
