@@ -335,8 +335,8 @@ impl Datapath for NodeDatapath {
             let entry = entry.map_err(PinError::path("list", &folder))?;
             let name = entry.file_name();
             let Some(uid) = name.to_str() else { continue };
-            // A gateway that does not know its UID has a name with a dot; that one ends with its link.
-            let gone = if uid.contains('.') {
+            // One that is named after its pod ends with its link.
+            let gone = if uid.contains('_') {
                 link_alive(&entry.path().join(names::PROGRAM_GATEWAY))? == Some(false)
             } else {
                 !live.contains(uid)

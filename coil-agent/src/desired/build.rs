@@ -10,7 +10,9 @@ use coil_api::clients::{EgressRef, client_reason, named_egresses};
 use ipnet::IpNet;
 
 use super::policy::{PolicyCache, Rule, block_everything, conflicts};
-use super::{DesiredEgress, DesiredPod, DesiredState, EgressName, PodUid, Policy, PolicyAction};
+use super::{
+    DesiredEgress, DesiredPod, DesiredState, EgressName, PodUid, Policy, PolicyAction, named_folder,
+};
 use crate::index::{EgressView, Found, Index, ObjectKey, PodView};
 use crate::local::LocalPods;
 
@@ -151,7 +153,7 @@ impl Picture {
                 continue;
             }
             outcome.gateway_folders.insert(pod.uid.clone());
-            outcome.gateway_folders.insert(format!("{}.{}", pod.key.namespace, pod.key.name));
+            outcome.gateway_folders.insert(named_folder(&pod.key.namespace, &pod.key.name));
             let wish = self.wish(pod, &mut named);
             // Nobody repairs what is about to go.
             if !pod.finished && !pod.terminating && !wish.problems.is_empty() {

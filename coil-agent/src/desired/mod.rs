@@ -22,6 +22,14 @@ pub struct EgressName {
 /// UID of a pod.
 pub type PodUid = String;
 
+/// Name of the folder of a gateway that does not know its UID. The underscore, which no name in Kubernetes
+/// has, tells it from a UID. A BPF file system takes no name with a dot (kernel: `bpf_lookup` in
+/// `kernel/bpf/inode.c`).
+#[must_use]
+pub fn named_folder(namespace: &str, name: &str) -> String {
+    format!("{namespace}_{name}").replace(['/', '.'], "_")
+}
+
 /// Everything that the datapath of this node should hold.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct DesiredState {

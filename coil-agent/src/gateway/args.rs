@@ -10,6 +10,7 @@ use coil_runtime::admin::ListenAddr;
 use coil_runtime::telemetry::LogArgs;
 
 use crate::datapath::IcmpLimit;
+use crate::desired::named_folder;
 
 /// Translates the traffic of the clients of an Egress. Runs in the pods of its Deployment.
 #[derive(Parser, Clone, Debug)]
@@ -66,7 +67,7 @@ impl Args {
     pub fn pin_name(&self) -> String {
         match self.pod_uid.as_deref() {
             Some(uid) if !uid.is_empty() && !uid.contains(['/', '.']) => uid.to_owned(),
-            _ => format!("{}.{}", self.pod_namespace, self.pod_name).replace('/', "_"),
+            _ => named_folder(&self.pod_namespace, &self.pod_name),
         }
     }
 }
@@ -131,10 +132,10 @@ mod tests {
         };
         let args = parse(&["--zap-stacktrace-level=panic", "--enable-sport-auto=true", "--backend=nftables"]);
         assert!(args.enable_sport_auto);
-        assert_eq!(args.pin_name(), "internet.nat-abc");
+        assert_eq!(args.pin_name(), "internet_nat-abc");
         assert!(parse(&["--enable-sport-auto"]).enable_sport_auto);
         assert!(!parse(&[]).enable_sport_auto);
         assert_eq!(parse(&["--pod-uid=aa-bb"]).pin_name(), "aa-bb");
-        assert_eq!(parse(&["--pod-uid=../x"]).pin_name(), "internet.nat-abc");
+        assert_eq!(parse(&["--pod-uid=../x"]).pin_name(), "internet_nat-abc");
     }
 }

@@ -2,8 +2,12 @@
 
 #![expect(clippy::unwrap_used, clippy::panic, reason = "tests")]
 
+use std::collections::BTreeSet;
+
 use aya::maps::{HashMap, MapData};
-use coil_agent::datapath::{DatapathError, LoadError, NodeDatapath, PinError};
+use coil_agent::datapath::{Datapath, DatapathError, LoadError, NodeDatapath, PinError};
+use coil_agent::desired::named_folder;
+use coil_agent::gateway::datapath::GatewayOptions;
 use coil_common::names::{MAP_PEERS_V4, MAP_PODS, NODE_MAPS, PROGRAM_FROM_POD};
 
 use crate::support::maps;
@@ -91,4 +95,20 @@ fn two_agents_do_not_write_at_a_time() {
     assert!(matches!(&error, DatapathError::Pin(PinError::Busy { .. })), "{error:?}");
     drop(first);
     drop(topology.open_node(None));
+}
+
+#[test]
+#[ignore = "privileged: needs root and the eBPF object"]
+fn a_gateway_that_does_not_know_its_uid_is_named_after_its_pod() {
+    let topology = Topology::new();
+    let mut node = topology.apply(topology.open_node(None), &topology.state());
+    let pin_name = named_folder("internet", "nat.example-0");
+    let folder = topology.bpffs.node().join("egress").join(&pin_name);
+    let gateway = topology.open_gateway_with(GatewayOptions { pin_name, ..topology.gateway_options() });
+    drop(gateway);
+    node.gc_gateways(&BTreeSet::new()).unwrap();
+    assert!(folder.exists(), "its link is alive");
+    topology.gateway.net.ip("link del eth0");
+    node.gc_gateways(&BTreeSet::new()).unwrap();
+    assert!(!folder.exists());
 }

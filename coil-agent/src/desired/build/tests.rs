@@ -218,7 +218,7 @@ fn gateways_are_recognised_and_never_their_own_clients() {
     assert!(done.desired.pods["1"].gateway);
     assert_eq!(v4(&done, "1"), [("8.0.0.0/8".into(), PolicyAction::Egress(name("y")))]);
     assert!(done.gateway_folders.contains("1"));
-    assert!(done.gateway_folders.contains("internet.x-1"));
+    assert!(done.gateway_folders.contains("internet_x-1"));
 }
 
 #[test]
