@@ -374,7 +374,7 @@ cmd_run() {
 		-device virtio-9p-pci,fsdev=job,mount_tag=vmjob "${drives[@]}" \
 		-object rng-random,id=rng,filename=/dev/urandom -device virtio-rng-pci,rng=rng \
 		-kernel "$image" -initrd "$job/initrd" \
-		-append "console=ttyS0 quiet loglevel=4 panic=-1 oops=panic mitigations=off nokaslr tsc=reliable $kargs" \
+		-append "console=ttyS0 quiet loglevel=4 panic=-1 oops=panic mitigations=off nokaslr tsc=reliable no_timer_check $kargs" \
 		</dev/null >"$job/qemu" 2>&1 &
 	guest=$! # in the background, so that signals to this script end it at once
 	wait "$guest" || qrc=$?

@@ -30,6 +30,9 @@ impl Way {
             "direct" => {}
             "nat" => nat(&topology),
             "fou" => {
+                if let Some(missing) = kernel::missing_modules() {
+                    bail!(missing);
+                }
                 for v6 in [false, true] {
                     // The fixed port and the headers of Coil v2.
                     let tunnel = Tunnel { v6, auto_port: false, options_header: v6 };

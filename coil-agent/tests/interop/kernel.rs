@@ -2,12 +2,28 @@
 //! and a service address as kube-proxy sets it up on nodes.
 
 use std::net::IpAddr;
+use std::path::Path;
+use std::process::Command;
 
 use crate::support::net::NetNs;
 use crate::support::run_with_input;
 use crate::support::topology::Topology;
 
 const PORT: u16 = 5555;
+
+/// Loads what the kernel's side needs; the reason if it cannot be had.
+pub(crate) fn missing_modules() -> Option<String> {
+    let missing: Vec<_> =
+        ["fou", "fou6", "ipip", "ip6_tunnel"].into_iter().filter(|module| !has_module(module)).collect();
+    (!missing.is_empty()).then(|| {
+        format!("this kernel has no {}; `cargo xtask vm-test` runs this in one that has", missing.join(", "))
+    })
+}
+
+fn has_module(module: &str) -> bool {
+    let loaded = Command::new("modprobe").args(["--quiet", module]).status();
+    loaded.is_ok_and(|status| status.success()) || Path::new("/sys/module").join(module).exists()
+}
 
 /// How the kernel's end sends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -11,8 +11,7 @@ mod case;
 mod kernel;
 mod probe;
 
-use std::path::Path;
-use std::process::{Command, ExitCode};
+use std::process::ExitCode;
 
 use case::Case;
 use libtest_mimic::{Arguments, Failed, Trial};
@@ -20,7 +19,7 @@ use libtest_mimic::{Arguments, Failed, Trial};
 fn main() -> ExitCode {
     let arguments = Arguments::from_args();
     let runs = (arguments.ignored || arguments.include_ignored) && !arguments.list;
-    let missing = if runs { missing_modules() } else { None };
+    let missing = if runs { kernel::missing_modules() } else { None };
     let trials = Case::all().into_iter().map(|case| {
         let missing = missing.clone();
         let run = move || {
@@ -35,18 +34,4 @@ fn main() -> ExitCode {
     });
     let trials = trials.collect();
     libtest_mimic::run(&Arguments { test_threads: Some(1), ..arguments }, trials).exit_code()
-}
-
-/// Loads what the kernel's side needs; the reason if it cannot be had.
-fn missing_modules() -> Option<String> {
-    let missing: Vec<_> =
-        ["fou", "fou6", "ipip", "ip6_tunnel"].into_iter().filter(|module| !has_module(module)).collect();
-    (!missing.is_empty()).then(|| {
-        format!("this kernel has no {}; `cargo xtask vm-test` runs this in one that has", missing.join(", "))
-    })
-}
-
-fn has_module(module: &str) -> bool {
-    let loaded = Command::new("modprobe").args(["--quiet", module]).status();
-    loaded.is_ok_and(|status| status.success()) || Path::new("/sys/module").join(module).exists()
 }

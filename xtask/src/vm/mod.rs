@@ -120,7 +120,7 @@ impl VmTest {
         let mut programs = Vec::new();
         for (name, suite) in PROGRAMS {
             if [Suite::All, *suite].contains(&self.suite) {
-                programs.push((*name, build(name, &["test", "--test", name])?));
+                programs.push((*name, kept(&build(name, &["test", "--test", name])?)?));
             }
         }
         Ok(programs)
@@ -219,7 +219,18 @@ fn runner() -> Command {
 
 /// Builds a benchmark of `coil-agent` and finds it.
 pub fn benchmark(name: &str) -> Result<PathBuf> {
-    build(name, &["bench", "--profile", "dev", "--bench", name])
+    kept(&build(name, &["bench", "--profile", "dev", "--bench", name])?)
+}
+
+/// A copy of a program that stays as it is while somebody builds another.
+fn kept(program: &Path) -> Result<PathBuf> {
+    let folder = target_dir().join("vm/programs");
+    std::fs::create_dir_all(&folder).with_context(|| format!("creating {}", folder.display()))?;
+    let copy = folder.join(program.file_name().context("a program without a name")?);
+    let fresh = copy.with_extension(std::process::id().to_string());
+    std::fs::copy(program, &fresh).with_context(|| format!("copying {}", program.display()))?;
+    std::fs::rename(&fresh, &copy).with_context(|| format!("renaming {}", fresh.display()))?;
+    Ok(copy)
 }
 
 /// Runs a benchmark in a virtual machine in which every instruction takes a nanosecond.
