@@ -161,7 +161,6 @@ fn make<F: Build>(raw: *mut __sk_buff, answer: &Answer) -> Result<(), DropReason
     // SAFETY: `quote` has room for whole words.
     let sum = unsafe { sum(quote, (quoted + 3) & !3) };
     let error = answer.error::<F, _>(&skb, super::config(), quoted as u16)?;
-    let tunnel = answer.tunnel::<F>(super::config(), &error.dst, quoted as u16);
     let head = F::error(&error, sum);
 
     let most = at + F::QUOTE;
@@ -191,9 +190,11 @@ fn make<F: Build>(raw: *mut __sk_buff, answer: &Answer) -> Result<(), DropReason
             return Err(FAILED);
         }
     }
-    if let Some(tunnel) = &tunnel {
+    // Decided here: a decision carried through all of the above would be forgotten by verifiers before
+    // 6.3, which then see memory read that was never written.
+    if let Some(tunnel) = answer.tunnel::<F>(super::config(), &error.dst, quoted as u16) {
         adjust(&mut skb, F::OVERHEAD as i32)?;
-        apply::write_head::<F>(&mut skb, &F::tunnel(tunnel))?;
+        apply::write_head::<F>(&mut skb, &F::tunnel(&tunnel))?;
     }
     // Read anew, or the compiler would know from before that the header is there.
     skb.reload();
