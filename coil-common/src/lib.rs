@@ -8,6 +8,7 @@
 #![no_std]
 
 pub mod config;
+pub mod events;
 pub mod keys;
 pub mod names;
 mod pod;

@@ -50,6 +50,17 @@ pub const MAP_DROPS: &str = "drops";
 
 /// Per-CPU array of `Counter`, index: `IcmpStat`.
 pub const MAP_ICMP_STATS: &str = "icmp_stats";
+/// Copy of the configuration that the programs were last loaded with, for tools: array of one
+/// `ConfigValue`.
+pub const MAP_CONFIG: &str = "config";
+/// Names of the pods of this node by index of the host-side interface, for tools: `u32` to `PodNameValue`.
+pub const MAP_POD_NAMES: &str = "pod_names";
+/// Ring of `Event`s.
+pub const MAP_EVENTS: &str = "events";
+/// Who listens to events: array of one `Listener`.
+pub const MAP_LISTENERS: &str = "listeners";
+/// Bounds of events: per-CPU array of `EventBudget`, index: `event_budget`.
+pub const MAP_EVENT_BUDGETS: &str = "event_budgets";
 
 /// Maps of a node's programs, `drops` included.
 pub const NODE_MAPS: &[&str] = &[
@@ -67,6 +78,11 @@ pub const NODE_MAPS: &[&str] = &[
     MAP_FLOWS_V6,
     MAP_ICMP_STATS,
     MAP_DROPS,
+    MAP_CONFIG,
+    MAP_POD_NAMES,
+    MAP_EVENTS,
+    MAP_LISTENERS,
+    MAP_EVENT_BUDGETS,
 ];
 
 /// Maps of a gateway's program, `drops` included.
@@ -80,6 +96,10 @@ pub const GATEWAY_MAPS: &[&str] = &[
     MAP_GATEWAY_STATS,
     MAP_ICMP_STATS,
     MAP_DROPS,
+    MAP_CONFIG,
+    MAP_EVENTS,
+    MAP_LISTENERS,
+    MAP_EVENT_BUDGETS,
 ];
 
 /// Pods of one node.
@@ -116,3 +136,5 @@ pub const PIN_LINKS: &str = "links";
 /// Folder with one folder of maps and links for each egress pod, named by its UID, below the folder
 /// of the ABI.
 pub const PIN_EGRESS: &str = "egress";
+/// Folder that the one listener to events locks, below the folder of the ABI.
+pub const PIN_LISTENER: &str = "listener";

@@ -1,12 +1,12 @@
 //! Indices of counters.
 
-/// Declares an enum of counter indices with a name for each.
+/// Declares an enum of counter indices with a name and, from its documentation, a description for each.
 macro_rules! indices {
-    ($(#[$meta:meta])* $name:ident { $($(#[$vmeta:meta])* $variant:ident = $text:literal,)+ }) => {
+    ($(#[$meta:meta])* $name:ident { $($(#[doc = $doc:literal])+ $variant:ident = $text:literal,)+ }) => {
         $(#[$meta])*
         #[repr(u32)]
         #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-        pub enum $name { $($(#[$vmeta])* $variant,)+ }
+        pub enum $name { $($(#[doc = $doc])+ $variant,)+ }
 
         impl $name {
             /// All of them, in the order of their indices.
@@ -18,6 +18,19 @@ macro_rules! indices {
             #[must_use]
             pub const fn name(self) -> &'static str {
                 match self { $(Self::$variant => $text,)+ }
+            }
+
+            /// What it means in a sentence or two: the documentation of the variant, which begins with
+            /// a space.
+            #[must_use]
+            pub const fn description(self) -> &'static str {
+                match self { $(Self::$variant => concat!($($doc),+),)+ }
+            }
+
+            /// The one with this index, if there is one.
+            #[must_use]
+            pub fn from_index(index: u32) -> Option<Self> {
+                usize::try_from(index).ok().and_then(|index| Self::ALL.get(index).copied())
             }
 
             /// Index in the per-CPU array.

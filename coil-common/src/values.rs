@@ -208,6 +208,28 @@ pub struct ClientValue {
     pub flags: u32,
 }
 
+/// Who a pod is, for tools; all fields are padded with zeros.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+pub struct PodNameValue {
+    /// UID.
+    pub uid: [u8; 64],
+    /// Namespace.
+    pub namespace: [u8; 64],
+    /// Name.
+    pub name: [u8; 256],
+}
+
+/// A [`Config`](crate::config::Config) that a tool of another build can tell from its own.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+pub struct ConfigValue {
+    /// Size of the configuration.
+    pub size: u32,
+    /// The configuration in the first `size` bytes.
+    pub bytes: [u8; 252],
+}
+
 /// Packets and IP bytes.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
@@ -229,5 +251,7 @@ shared! {
     NatValue4 = 40,
     NatValue6 = 48,
     ClientValue = 4,
+    PodNameValue = 384,
+    ConfigValue = 256,
     Counter = 16,
 }

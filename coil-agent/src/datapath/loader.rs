@@ -7,12 +7,13 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
-use aya::maps::{Map, MapError};
+use aya::maps::{Array, Map, MapError};
 use aya::programs::{ProgramError, ProgramFd, ProgramInfo, SchedClassifier};
 use aya::{Ebpf, EbpfError, EbpfLoader};
 use aya_obj::{Object, ParseError};
 use coil_common::config::{CONFIG, Config};
 use coil_common::names;
+use coil_common::values::ConfigValue;
 
 use super::layout::btf::Btf;
 use super::migrate::{Migration, MigrationError};
@@ -220,9 +221,25 @@ pub fn load(
             .map_err(refused)?;
         classifier.load().map_err(refused)?;
     }
+    copy_config(&mut ebpf, config)?;
     // Only now that the kernel has taken the programs: until then nothing has changed for anybody.
     migration.fill()?;
     Ok(Loaded { ebpf, sizes: capacities, migration })
+}
+
+/// Leaves the configuration where tools find it: that of the programs cannot be read back.
+fn copy_config(ebpf: &mut Ebpf, config: &Config) -> Result<(), LoadError> {
+    let bytes = bytemuck::bytes_of(config);
+    let mut value = ConfigValue { size: 0, bytes: [0; 252] };
+    if let Some(room) = value.bytes.get_mut(..bytes.len()) {
+        room.copy_from_slice(bytes);
+        value.size = u32::try_from(bytes.len()).unwrap_or(0);
+    }
+    let map = names::MAP_CONFIG;
+    let data = ebpf.map_mut(map).ok_or(LoadError::Missing { what: "map", name: map })?;
+    Array::<_, ConfigValue>::try_from(data)
+        .and_then(|mut array| array.set(0, value, 0))
+        .map_err(|source| LoadError::MapType { map, source })
 }
 
 /// Lines of the verifier's log that an error carries.

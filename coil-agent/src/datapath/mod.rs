@@ -16,7 +16,9 @@ mod object;
 mod older;
 mod pins;
 mod plan;
+mod pod_names;
 mod raw_map;
+mod read;
 mod state;
 mod stats;
 mod sweep;
@@ -28,13 +30,18 @@ mod writer;
 pub(crate) mod internal {
     pub(crate) use super::attach::{Attachable, Hook};
     pub(crate) use super::boot_seed;
+    pub(crate) use super::encode::decode_egress_name;
     pub(crate) use super::loader::{Loaded, load};
     pub(crate) use super::maps::absent_is_fine;
     pub(crate) use super::pins::{IfUnmounted, PinFolder};
+    pub(crate) use super::pod_names::text;
+    pub(crate) use super::read::{
+        ReadMap, TYPE_ARRAY, TYPE_HASH, TYPE_LPM_TRIE, TYPE_LRU_HASH, TYPE_PERCPU_ARRAY,
+    };
     pub(crate) use super::stats::{
         DropCounters, DropFamilies, counter, counters, descriptions, gather, gauge, gauges, open_pinned,
     };
-    pub(crate) use super::sys::{Cursor, lookup_batch};
+    pub(crate) use super::sys::{Cursor, ObjectKind, link_info, lookup_batch, object_get};
 }
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -51,6 +58,7 @@ use nix::time::{ClockId, clock_gettime};
 use self::attach::{Attachable, Hook, PodPrograms, link_alive};
 use self::maps::NodeMaps;
 use self::pins::{IfUnmounted, PinFolder};
+use self::pod_names::PodNames;
 use self::stats::{FlowCounts, MapFill, NodeCollector};
 use self::sweep::FlowSweeper;
 use self::writer::Writer;
@@ -214,6 +222,7 @@ pub(crate) fn boot_seed() -> Result<u32, DatapathError> {
 pub struct NodeDatapath {
     folder: PinFolder,
     writer: Writer<NodeMaps, PodPrograms>,
+    names: PodNames,
     sweeper: FlowSweeper,
     flows: FlowCounts,
     fill: MapFill,
@@ -262,6 +271,7 @@ impl NodeDatapath {
             .map(|map| (*map, loaded.capacity(map)))
             .collect();
         let flow_capacity = [loaded.capacity(names::MAP_FLOWS_V4), loaded.capacity(names::MAP_FLOWS_V6)];
+        let names = PodNames::new(&mut loaded)?;
         let mut maps = NodeMaps::new(&mut loaded)?;
         maps.fill_slots()?;
         let limits = maps.limits();
@@ -272,6 +282,7 @@ impl NodeDatapath {
         Ok(Self {
             folder,
             writer: Writer::new(maps, programs, limits, first_set),
+            names,
             sweeper,
             flows,
             fill: MapFill::new(&capacities),
@@ -313,12 +324,16 @@ impl Datapath for NodeDatapath {
         // An interface that still has an earlier program still uses the earlier maps.
         if state.complete && !report.failed.iter().any(|(_, error)| matches!(error, PodError::Attach(_))) {
             self.loaded.finish_migration()?;
+        if let Err(error) = self.names.sync(state) {
+            let error = &error as &dyn std::error::Error;
+            tracing::warn!(error, "cannot write the names of pods; tools will not know them");
         }
         Ok(report)
     }
 
     fn resync(&mut self) {
         self.writer.resync();
+        self.names.forget();
     }
 
     fn sweep(&mut self, now: u32, budget: usize) -> Result<SweepReport, DatapathError> {

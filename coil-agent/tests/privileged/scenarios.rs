@@ -9,8 +9,9 @@ use aya::programs::ProgramFd;
 use coil_agent::datapath::{Loaded, Role, SkBuff, load, seconds_since_boot, test_run};
 use coil_common::config::Config;
 use coil_common::names::{
-    GATEWAY_MAPS, MAP_DROPS, MAP_EGRESS_NAMES, MAP_EGRESS_STATS, MAP_EGRESSES, MAP_GATEWAY_STATS,
-    MAP_GATEWAYS, MAP_ICMP_STATS, MAP_POD_SLOTS, MAP_PODS, NODE_MAPS, pod_slot,
+    GATEWAY_MAPS, MAP_CONFIG, MAP_DROPS, MAP_EGRESS_NAMES, MAP_EGRESS_STATS, MAP_EGRESSES, MAP_EVENT_BUDGETS,
+    MAP_EVENTS, MAP_GATEWAY_STATS, MAP_GATEWAYS, MAP_ICMP_STATS, MAP_LISTENERS, MAP_POD_SLOTS, MAP_PODS, NODE_MAPS,
+    pod_slot,
 };
 use coil_common::values::{Counter, FlowValue, NatValue4, NatValue6, PodSlot, PodValue};
 use coil_ebpf::testing::entries::{Entry, Key, Value};
@@ -26,6 +27,9 @@ const TABLE_NOW: u32 = 1000;
 
 /// Maps of counters.
 const COUNTERS: [&str; 4] = [MAP_DROPS, MAP_EGRESS_STATS, MAP_GATEWAY_STATS, MAP_ICMP_STATS];
+/// Maps that programs leave alone while nobody listens.
+const UNTOUCHED: [&str; 6] =
+    [MAP_POD_SLOTS, MAP_EGRESS_NAMES, MAP_CONFIG, MAP_EVENTS, MAP_LISTENERS, MAP_EVENT_BUDGETS];
 
 /// The programs of a role under one configuration, and their maps.
 struct Machine {
@@ -175,7 +179,7 @@ impl Machine {
             if [MAP_EGRESSES, MAP_GATEWAYS].contains(name) {
                 let used = scenario.entries.iter().filter(|entry| entry.map == *name);
                 used.for_each(|entry| map.clear(&entry.key.0));
-            } else if !COUNTERS.contains(name) && ![MAP_POD_SLOTS, MAP_EGRESS_NAMES].contains(name) {
+            } else if !COUNTERS.contains(name) && !UNTOUCHED.contains(name) {
                 map.keys().iter().for_each(|key| map.clear(key));
             }
         }

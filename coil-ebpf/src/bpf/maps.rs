@@ -2,12 +2,13 @@
 
 use aya_ebpf::{
     bindings::{BPF_ANY, BPF_F_NO_PREALLOC, BPF_NOEXIST},
-    btf_maps::{Array, HashMap, LpmTrie, PerCpuArray},
+    btf_maps::{Array, HashMap, LpmTrie, PerCpuArray, RingBuf},
     helpers::generated::{bpf_jiffies64, bpf_ktime_get_coarse_ns},
     macros::btf_map,
     maps::lpm_trie::Key,
 };
 use coil_common::{
+    events::{EVENT_RING, EventBudget, Listener},
     keys::{
         ClientKey4, ClientKey6, FlowKey4, FlowKey6, POLICY_SET_BITS, PeerKey4, PeerKey6, PolicyKey4,
         PolicyKey6,
@@ -15,8 +16,8 @@ use coil_common::{
     names,
     stats::{Direction, DropReason, GatewayStat, egress_stat},
     values::{
-        ClientValue, Counter, EgressNameValue, EgressValue, FlowValue, GatewayValue, NatValue4, NatValue6,
-        PodSlot, PodValue, PolicyValue,
+        ClientValue, ConfigValue, Counter, EgressNameValue, EgressValue, FlowValue, GatewayValue, NatValue4,
+        NatValue6, PodNameValue, PodSlot, PodValue, PolicyValue,
     },
 };
 use coil_ebpf::{
@@ -24,7 +25,7 @@ use coil_ebpf::{
     tables::{Clock, Full, NatTables, NodeTables, ReserveError, Tally, Translation},
 };
 
-use super::atomic;
+use super::{atomic, events};
 
 const NO_PREALLOC: usize = BPF_F_NO_PREALLOC as usize;
 
@@ -68,6 +69,17 @@ static NAT_REVERSE_V6: HashMap<FlowKey6, NatValue6, { names::MAX_NAT }, NO_PREAL
 static GATEWAY_STATS: PerCpuArray<Counter, { GatewayStat::COUNT }> = PerCpuArray::new();
 #[btf_map(name = "drops")]
 static DROPS: PerCpuArray<Counter, { DropReason::COUNT }> = PerCpuArray::new();
+#[btf_map(name = "config")]
+static CONFIG_COPY: Array<ConfigValue, 1> = Array::new();
+#[btf_map(name = "pod_names")]
+static POD_NAMES: HashMap<u32, PodNameValue, { names::MAX_PODS }, NO_PREALLOC> = HashMap::new();
+/// Of `Event`s; a value type here would contradict the size of values, which rings have none of.
+#[btf_map(name = "events")]
+pub(super) static EVENTS: RingBuf<(), EVENT_RING> = RingBuf::new();
+#[btf_map(name = "listeners")]
+pub(super) static LISTENERS: Array<Listener, 1> = Array::new();
+#[btf_map(name = "event_budgets")]
+pub(super) static EVENT_BUDGETS: PerCpuArray<EventBudget, 2> = PerCpuArray::new();
 
 /// `-EEXIST`
 const EXISTS: i32 = -17;
@@ -236,7 +248,9 @@ macro_rules! node_tables {
 
             #[inline(always)]
             fn put_flow(&self, key: &<$family as Family>::KeyWords, value: &FlowValue) -> Result<(), Full> {
-                $flows.insert(shared::<$family>(key), value, u64::from(BPF_ANY)).map_err(|_| Full)
+                $flows.insert(shared::<$family>(key), value, u64::from(BPF_ANY)).map_err(|_| Full)?;
+                events::flow(shared::<$family>(key), value.egress, value.gateway);
+                Ok(())
             }
 
             #[inline(always)]
@@ -350,7 +364,9 @@ macro_rules! nat_tables {
                 key: &<$family as Family>::KeyWords,
                 value: &<$family as Family>::Nat,
             ) -> Result<(), Full> {
-                $forward.insert(shared::<$family>(key), value, u64::from(BPF_ANY)).map_err(|_| Full)
+                $forward.insert(shared::<$family>(key), value, u64::from(BPF_ANY)).map_err(|_| Full)?;
+                events::translation(shared::<$family>(key), &value.addr, value.port);
+                Ok(())
             }
 
             #[inline(always)]

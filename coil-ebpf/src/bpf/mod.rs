@@ -2,6 +2,7 @@
 
 mod apply;
 mod atomic;
+mod events;
 mod maps;
 mod refuse;
 mod skb;
@@ -13,6 +14,7 @@ use aya_ebpf::{
 };
 use coil_common::{
     config::Config,
+    events::{HOOK_FROM_POD, HOOK_GATEWAY, HOOK_TO_POD},
     stats::DropReason,
     values::{NO_POLICY, PodValue},
 };
@@ -99,12 +101,12 @@ fn from_pod(ctx: TcContext) -> i32 {
         Ok(EtherType::V4) => {
             let short = if served { fast_from_pod::<V4>(&ctx, pod) } else { Outcome::MISS };
             let outcome = or(short, || from_pod_ip::<V4>(&ctx, pod));
-            finish::<V4>(&mut skb, outcome)
+            finish::<V4>(&mut skb, HOOK_FROM_POD, outcome)
         }
         Ok(EtherType::V6) => {
             let short = if served { fast_from_pod::<V6>(&ctx, pod) } else { Outcome::MISS };
             let outcome = or(short, || from_pod_ip::<V6>(&ctx, pod));
-            finish::<V6>(&mut skb, outcome)
+            finish::<V6>(&mut skb, HOOK_FROM_POD, outcome)
         }
         Ok(EtherType::Other) | Err(_) => TC_ACT_UNSPEC,
     }
@@ -122,12 +124,12 @@ fn to_pod(ctx: TcContext) -> i32 {
         Ok(EtherType::V4) => {
             let short = if served { fast_to_pod::<V4>(&ctx, pod) } else { Outcome::MISS };
             let outcome = or(short, || to_pod_ip::<V4>(&ctx, pod));
-            finish::<V4>(&mut skb, outcome)
+            finish::<V4>(&mut skb, HOOK_TO_POD, outcome)
         }
         Ok(EtherType::V6) => {
             let short = if served { fast_to_pod::<V6>(&ctx, pod) } else { Outcome::MISS };
             let outcome = or(short, || to_pod_ip::<V6>(&ctx, pod));
-            finish::<V6>(&mut skb, outcome)
+            finish::<V6>(&mut skb, HOOK_TO_POD, outcome)
         }
         Ok(EtherType::Other) | Err(_) => TC_ACT_UNSPEC,
     }
@@ -140,11 +142,11 @@ fn gateway(ctx: TcContext) -> i32 {
     match ethertype(&mut skb) {
         Ok(EtherType::V4) => {
             let outcome = gateway_ip::<V4>(&ctx, &mut skb);
-            finish::<V4>(&mut skb, outcome)
+            finish::<V4>(&mut skb, HOOK_GATEWAY, outcome)
         }
         Ok(EtherType::V6) => {
             let outcome = gateway_ip::<V6>(&ctx, &mut skb);
-            finish::<V6>(&mut skb, outcome)
+            finish::<V6>(&mut skb, HOOK_GATEWAY, outcome)
         }
         Ok(EtherType::Other) | Err(_) => TC_ACT_UNSPEC,
     }
@@ -307,7 +309,7 @@ where
 
 /// Counts drops, answers some with an error, and turns the outcome into an action.
 #[inline(always)]
-fn finish<F: Build>(skb: &mut Skb, outcome: u64) -> i32 {
+fn finish<F: Build>(skb: &mut Skb, hook: u32, outcome: u64) -> i32 {
     let kind = outcome & 0xff;
     if kind == Outcome::PASS.0 {
         return TC_ACT_UNSPEC;
@@ -318,6 +320,7 @@ fn finish<F: Build>(skb: &mut Skb, outcome: u64) -> i32 {
     let dropped = dropped(skb);
     let reason = (outcome >> 8 & 0xff) as u32;
     maps::count_drop(reason, &dropped);
+    events::drop(skb, hook, reason);
     if reason == DropReason::NoState.index() {
         maps::count_invalid(F::INDEX, &dropped);
     }
