@@ -8,6 +8,7 @@ pub mod desired;
 pub mod events;
 pub mod gateway;
 pub mod index;
+pub mod inspect;
 pub mod installer;
 pub mod local;
 pub mod metrics;

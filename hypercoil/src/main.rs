@@ -6,7 +6,7 @@ use std::io::Write;
 use std::process::ExitCode;
 
 use ::coil_controller::programs::{Program, coil_controller, dispatch, version};
-use coil_agent::programs::{coil, coil_egress, coil_installer, coild};
+use coil_agent::programs::{coil, coil_egress, coil_installer, coilctl, coild};
 
 const NAME: &str = "hypercoil";
 
@@ -22,6 +22,16 @@ const PROGRAMS: &[Program] = &[
         name: "coil-egress",
         about: "Gateway in egress pods: source NAT of their clients",
         main: coil_egress::main_with,
+    },
+    Program {
+        name: "coilctl",
+        about: "Shows what the datapath of a node does and why",
+        main: coilctl::main_with,
+    },
+    Program {
+        name: coilctl::PLUGIN,
+        about: "The same as kubectl coil, on the nodes of a cluster",
+        main: coilctl::plugin_with,
     },
     Program {
         name: "coil-controller",

@@ -16,7 +16,8 @@ use crate::{root, target_dir};
 /// Folder of the programs in the image; on its `PATH`.
 const PROGRAMS_DIR: &str = "usr/local/coil";
 /// Links to the multi-call binary.
-const LINKS: &[&str] = &["coild", "coil", "coil-installer", "coil-egress", "coil-controller"];
+const LINKS: &[&str] =
+    &["coild", "coil", "coil-installer", "coil-egress", "coil-controller", "coilctl", "kubectl-coil"];
 const TARGET: &str = "x86_64-unknown-linux-gnu";
 
 /// Builds the container image as an OCI archive.

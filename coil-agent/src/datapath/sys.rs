@@ -47,7 +47,7 @@ pub(super) fn address<T>(pointer: *const T) -> u64 {
     pointer.addr() as u64
 }
 
-fn c_path(path: &Path) -> io::Result<CString> {
+pub(super) fn c_path(path: &Path) -> io::Result<CString> {
     CString::new(path.as_os_str().as_bytes()).map_err(|_| io::ErrorKind::InvalidInput.into())
 }
 
@@ -66,6 +66,16 @@ struct ObjectAttribute {
     path: u64,
     fd: u32,
     flags: u32,
+}
+
+/// `BPF_F_RDONLY`
+const READ_ONLY: u32 = 1 << 3;
+
+/// Opens a pinned map so that it can only be read; needs no more than the right to read the pin.
+pub(crate) fn object_get_read_only(path: &Path) -> io::Result<OwnedFd> {
+    let c_path = c_path(path)?;
+    let mut attribute = ObjectAttribute { path: address(c_path.as_ptr()), fd: 0, flags: READ_ONLY };
+    owned(bpf(OBJ_GET, &mut attribute)?)
 }
 
 /// Opens a pin and says what it is.

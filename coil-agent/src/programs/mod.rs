@@ -3,4 +3,5 @@
 pub mod coil;
 pub mod coil_egress;
 pub mod coil_installer;
+pub mod coilctl;
 pub mod coild;

@@ -3,6 +3,7 @@
 
 mod cni;
 mod hostile;
+mod inspect;
 mod netlink;
 mod pins;
 mod restart;

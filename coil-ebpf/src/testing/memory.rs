@@ -2,7 +2,7 @@
 
 use std::{
     cell::{Cell, RefCell},
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
 };
 
 use coil_common::{
@@ -94,6 +94,12 @@ impl Packet for Memory {
     }
 }
 
+/// Entries that [`Tables`] look up when nobody has put them in: those of a running datapath, for example.
+pub trait Source: core::fmt::Debug {
+    /// The value under a key, as the map holds them; the key of a longest-prefix map has full length.
+    fn read(&self, map: &'static str, key: &[u8]) -> Option<Vec<u8>>;
+}
+
 /// Tables in memory: what the agent writes is fixed, what the datapath writes is behind a cell.
 #[derive(Debug, Default)]
 pub struct Tables {
@@ -105,6 +111,9 @@ pub struct Tables {
     pub long_way_only: bool,
     /// Packets that took the short way.
     pub hits: Cell<u32>,
+    source: Option<Box<dyn Source>>,
+    /// Entries of the source that count as removed.
+    removed: RefCell<BTreeSet<(&'static str, Key)>>,
     fixed: BTreeMap<(&'static str, Key), Value>,
     live: RefCell<BTreeMap<(&'static str, Key), Value>>,
     counters: RefCell<BTreeMap<(&'static str, u32), Counter>>,
@@ -124,6 +133,39 @@ impl Tables {
             }
         }
         tables
+    }
+
+    /// Tables over other ones, which are read and never changed: changes stay in memory. Packets take the
+    /// long way, which does the same and needs no clock of its own.
+    #[must_use]
+    pub fn over(source: Box<dyn Source>, now: u32) -> Self {
+        Self { now, long_way_only: true, source: Some(source), ..Self::default() }
+    }
+
+    /// An entry of the source, unless it counts as removed or has another size than it should.
+    fn sourced(&self, map: &'static str, key: &Key, size: usize) -> Option<Value> {
+        let source = self.source.as_ref()?;
+        if self.removed.borrow().contains(&(map, key.clone())) {
+            return None;
+        }
+        source.read(map, &key.0).filter(|value| value.len() == size).map(Value)
+    }
+
+    /// Takes an entry of the source over, so that it can be changed.
+    fn fetch(&self, map: &'static str, key: &Key, size: usize) {
+        if self.source.is_some()
+            && !self.live.borrow().contains_key(&(map, key.clone()))
+            && let Some(value) = self.sourced(map, key, size)
+        {
+            self.live.borrow_mut().insert((map, key.clone()), value);
+        }
+    }
+
+    fn remove(&self, map: &'static str, key: Key) {
+        self.live.borrow_mut().remove(&(map, key.clone()));
+        if self.source.is_some() {
+            self.removed.borrow_mut().insert((map, key));
+        }
     }
 
     /// Limits a map to so many entries.
@@ -166,10 +208,15 @@ impl Tables {
     }
 
     fn fixed<V: bytemuck::AnyBitPattern>(&self, map: &'static str, key: &impl Bytes) -> Option<V> {
-        self.fixed.get(&(map, Key::of(key))).map(Value::read)
+        let key = Key::of(key);
+        match self.fixed.get(&(map, key.clone())) {
+            Some(value) => Some(value.read()),
+            None => self.sourced(map, &key, size_of::<V>()).map(|value| value.read()),
+        }
     }
 
     fn live<V: bytemuck::AnyBitPattern>(&self, map: &'static str, key: &Key) -> Option<V> {
+        self.fetch(map, key, size_of::<V>());
         self.live.borrow().get(&(map, key.clone())).map(Value::read)
     }
 
@@ -180,6 +227,7 @@ impl Tables {
         value: &impl Bytes,
         replace: bool,
     ) -> Result<(), ReserveError> {
+        self.fetch(map, key, value.bytes().len());
         let mut live = self.live.borrow_mut();
         let exists = live.contains_key(&(map, key.clone()));
         if exists && !replace {
@@ -214,6 +262,10 @@ impl Tables {
 
     /// Longest prefix match.
     fn longest<K: bytemuck::Pod>(&self, map: &'static str, wanted: &K) -> Option<u32> {
+        if self.source.is_some() {
+            let bits = u32::try_from(size_of::<K>() * 8).unwrap_or(u32::MAX);
+            return self.sourced(map, &Key::prefix(bits, wanted), 4).map(|value| value.read());
+        }
         let wanted = bytemuck::bytes_of(wanted);
         let mut best: Option<(u32, u32)> = None;
         for ((name, key), value) in &self.fixed {
@@ -378,7 +430,7 @@ macro_rules! tables {
             }
 
             fn release(&self, key: &<$family as Family>::KeyWords) {
-                self.live.borrow_mut().remove(&($maps[5], Key::of(key)));
+                self.remove($maps[5], Key::of(key));
             }
 
             fn put_forward(

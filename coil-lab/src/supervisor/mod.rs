@@ -34,7 +34,7 @@ pub enum Message {
 }
 
 /// Programs of the multi-call binary that the lab's pods and CNI may start.
-const PROGRAMS: [&str; 8] = [
+const PROGRAMS: [&str; 10] = [
     "coild",
     "coil",
     "coil-installer",
@@ -42,6 +42,8 @@ const PROGRAMS: [&str; 8] = [
     "coil-router",
     "coil-controller",
     "coil-exporter",
+    "coilctl",
+    "kubectl-coil",
     "hypercoil",
 ];
 
