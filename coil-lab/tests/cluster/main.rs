@@ -13,6 +13,7 @@ mod restart;
 mod support;
 mod tally;
 mod udp_gso;
+mod tools;
 
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -32,6 +33,7 @@ fn main() -> ExitCode {
         bad_input::scenarios(),
         offloads::scenarios(),
         udp_gso::scenarios(),
+        tools::scenarios(),
         // Last: these kill what the others use.
         restart::scenarios(),
     ]
