@@ -22,6 +22,8 @@ struct EgressItem {
     family: &'static str,
     session_affinity: &'static str,
     source_port_auto: bool,
+    /// Some pod still names it: it is cut off.
+    deleted: bool,
     ready_gateways: u16,
     gateways: Vec<GatewayItem>,
     tx_packets: u64,
@@ -123,6 +125,7 @@ pub(crate) fn run(node: &Node, format: Format, options: &EgressOptions) -> Resul
             family: if v6 { "ipv6" } else { "ipv4" },
             session_affinity: if value.flags & EGRESS_CLIENT_AFFINITY != 0 { "ClientIP" } else { "None" },
             source_port_auto: value.flags & EGRESS_SOURCE_PORT_AUTO != 0,
+            deleted: node.is_deleted(index),
             ready_gateways: value.gateways,
             gateways,
             tx_packets: tx.packets,

@@ -386,6 +386,9 @@ pub(crate) fn explain(node: &Node, options: &Explain) -> Result<Explanation, Ins
         explanation.verdict = if too_big { Verdict::TooBig } else { Verdict::Drop };
         explanation.drop = Some(DropInfo::new("node", reason));
         explanation.egress = explanation.policy.matched.as_ref().and_then(|rule| rule.egress.clone());
+        if let Some(Rule { action: "block", egress: Some(egress), .. }) = &explanation.policy.matched {
+            explanation.reasons.push(format!("Egress {egress} is deleted, and the pod still names it."));
+        }
         if too_big {
             explanation.reasons.push(format!(
                 "The tunnel takes packets of up to {} bytes; this one has {}. The pod gets an ICMP error that says so.",

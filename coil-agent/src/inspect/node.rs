@@ -9,8 +9,8 @@ use bytemuck::AnyBitPattern;
 use coil_common::config::Config;
 use coil_common::names;
 use coil_common::values::{
-    ConfigValue, EgressNameValue, EgressValue, GATEWAY_DRAINING, GATEWAY_READY, GatewayValue, PodNameValue,
-    PodValue,
+    ConfigValue, EGRESS_DELETED, EgressNameValue, EgressValue, GATEWAY_DRAINING, GATEWAY_READY, GatewayValue,
+    PodNameValue, PodValue,
 };
 
 use super::InspectError;
@@ -315,6 +315,11 @@ impl Node {
             Some(name) => format!("{}/{}", name.namespace, name.name),
             None => format!("#{}", index / 2),
         }
+    }
+
+    /// The Egress at an index is deleted, and some pod still names it.
+    pub(crate) fn is_deleted(&self, index: u32) -> bool {
+        self.egresses.get(&index).is_some_and(|egress| egress.flags & EGRESS_DELETED != 0)
     }
 
     /// Address of the gateway in a slot.

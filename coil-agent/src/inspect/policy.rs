@@ -86,6 +86,10 @@ fn rule(node: &Node, prefix: IpNet, egress: u32) -> Rule {
     match egress {
         EGRESS_DIRECT => Rule { prefix, action: "direct", egress: None },
         EGRESS_BLOCK => Rule { prefix, action: "block", egress: None },
+        // Known still, for the sake of the pods that name it, which are cut off.
+        index if node.is_deleted(index) => {
+            Rule { prefix, action: "block", egress: Some(node.egress_label(index)) }
+        }
         index => Rule { prefix, action: "egress", egress: Some(node.egress_label(index)) },
     }
 }
@@ -142,7 +146,10 @@ pub(crate) fn run(node: &Node, format: Format, options: &PolicyOptions) -> Resul
         for rule in &pod.rules {
             let what = match rule.action {
                 "egress" => format!("through Egress {}", rule.describe()),
-                "block" => "dropped: its Egress cannot be resolved".to_owned(),
+                "block" => match &rule.egress {
+                    Some(egress) => format!("dropped: Egress {egress} is deleted"),
+                    None => "dropped: its Egress cannot be resolved".to_owned(),
+                },
                 _ => "directly".to_owned(),
             };
             rows.push([first.clone(), vec![rule.prefix.to_string(), what]].concat());

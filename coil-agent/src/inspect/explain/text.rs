@@ -116,7 +116,10 @@ fn policy(e: &Explanation, out: &mut Text) {
     };
     let what = |rule: &super::Rule| match rule.action {
         "egress" => format!("{} goes through Egress {}", rule.prefix, rule.describe()),
-        "block" => format!("{} is dropped", rule.prefix),
+        "block" => match &rule.egress {
+            Some(egress) => format!("{} is dropped: Egress {egress} is deleted", rule.prefix),
+            None => format!("{} is dropped", rule.prefix),
+        },
         _ => format!("{} leaves directly", rule.prefix),
     };
     let text = match &e.policy.matched {
