@@ -10,8 +10,8 @@ use coil_agent::datapath::{Loaded, Role, SkBuff, load, seconds_since_boot, test_
 use coil_common::config::Config;
 use coil_common::names::{
     GATEWAY_MAPS, MAP_CONFIG, MAP_DROPS, MAP_EGRESS_NAMES, MAP_EGRESS_STATS, MAP_EGRESSES, MAP_EVENT_BUDGETS,
-    MAP_EVENTS, MAP_GATEWAY_STATS, MAP_GATEWAYS, MAP_ICMP_STATS, MAP_LISTENERS, MAP_POD_SLOTS, MAP_PODS, NODE_MAPS,
-    pod_slot,
+    MAP_EVENTS, MAP_GATEWAY_STATS, MAP_GATEWAYS, MAP_ICMP_STATS, MAP_LISTENERS, MAP_POD_SLOTS, MAP_PODS,
+    NODE_MAPS, pod_slot,
 };
 use coil_common::values::{Counter, FlowValue, NatValue4, NatValue6, PodSlot, PodValue};
 use coil_ebpf::testing::entries::{Entry, Key, Value};
