@@ -221,9 +221,9 @@ pub fn load(
             .map_err(refused)?;
         classifier.load().map_err(refused)?;
     }
-    copy_config(&mut ebpf, config)?;
     // Only now that the kernel has taken the programs: until then nothing has changed for anybody.
     migration.fill()?;
+    copy_config(&mut ebpf, config)?;
     Ok(Loaded { ebpf, sizes: capacities, migration })
 }
 

@@ -33,6 +33,7 @@ pub(crate) mod internal {
     pub(crate) use super::encode::decode_egress_name;
     pub(crate) use super::loader::{Loaded, load};
     pub(crate) use super::maps::absent_is_fine;
+    pub(crate) use super::migrate::current;
     pub(crate) use super::pins::{IfUnmounted, PinFolder};
     pub(crate) use super::pod_names::text;
     pub(crate) use super::read::{
@@ -321,12 +322,13 @@ impl Datapath for NodeDatapath {
         if let Some(maps) = self.writer.maps() {
             self.fill.set(maps);
         }
-        // An interface that still has an earlier program still uses the earlier maps.
-        if state.complete && !report.failed.iter().any(|(_, error)| matches!(error, PodError::Attach(_))) {
-            self.loaded.finish_migration()?;
         if let Err(error) = self.names.sync(state) {
             let error = &error as &dyn std::error::Error;
             tracing::warn!(error, "cannot write the names of pods; tools will not know them");
+        }
+        // An interface that still has an earlier program still uses the earlier maps.
+        if state.complete && !report.failed.iter().any(|(_, error)| matches!(error, PodError::Attach(_))) {
+            self.loaded.finish_migration()?;
         }
         Ok(report)
     }

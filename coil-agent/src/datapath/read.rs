@@ -73,7 +73,7 @@ impl ReadMap {
     /// Opens a pin.
     pub(crate) fn open(path: &Path) -> io::Result<Self> {
         let fd = sys::object_get_read_only(path)?;
-        let info = sys::map_info(&fd)?;
+        let info = sys::info(&fd)?;
         Ok(Self { fd, info })
     }
 

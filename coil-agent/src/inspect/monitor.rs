@@ -26,7 +26,7 @@ use super::drops::{description, name};
 use super::node::{Node, open};
 use super::state::protocol;
 use super::{InspectError, Outcome, output, packet};
-use crate::datapath::internal::ReadMap;
+use crate::datapath::internal::{ReadMap, current};
 use crate::datapath::seconds_since_boot;
 
 /// The datapath is told so often that somebody listens, and believes it for so long.
@@ -126,7 +126,7 @@ fn map_error(operation: &'static str, path: &Path) -> impl FnOnce(MapError) -> I
 impl Ring {
     /// Opens the ring of a folder of maps; `None` if its datapath has none.
     fn open(folder: &Path, label: &str) -> Result<Option<Self>, InspectError> {
-        let (events, listeners) = (folder.join(MAP_EVENTS), folder.join(MAP_LISTENERS));
+        let (events, listeners) = (current(folder, MAP_EVENTS), current(folder, MAP_LISTENERS));
         // Checks the layout too.
         if open::<u32, Listener>(folder, MAP_LISTENERS)?.is_none() || !events.exists() {
             return Ok(None);

@@ -15,7 +15,7 @@ use coil_common::values::{
 
 use super::InspectError;
 use super::args::PodRef;
-use crate::datapath::internal::{ReadMap, boot_seed, decode_egress_name, text};
+use crate::datapath::internal::{ReadMap, boot_seed, current, decode_egress_name, text};
 use crate::desired::EgressName;
 use crate::local::{ALIAS_PREFIX, parse_alias};
 use crate::netlink::{Netlink, RtNetlink};
@@ -158,7 +158,7 @@ pub(crate) fn subfolders(folder: &Path) -> Result<Vec<String>, InspectError> {
 
 /// Opens a map, if it is there, and checks that its keys and values are those that this program knows.
 pub(crate) fn open<K, V>(folder: &Path, map: &str) -> Result<Option<ReadMap>, InspectError> {
-    let path = folder.join(map);
+    let path = current(folder, map);
     let opened = match ReadMap::open(&path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         opened => opened.map_err(InspectError::pin("open", &path))?,

@@ -8,7 +8,7 @@ use std::rc::Rc;
 use coil_ebpf::testing::memory::Source;
 
 use super::InspectError;
-use crate::datapath::internal::ReadMap;
+use crate::datapath::internal::{ReadMap, current};
 
 /// The maps of a folder; those that are not there are empty.
 #[derive(Debug)]
@@ -36,7 +36,7 @@ impl Pinned {
     pub(crate) fn open(folder: &Path, names: &[&'static str]) -> Result<(Self, Trouble), InspectError> {
         let mut maps = BTreeMap::new();
         for &name in names {
-            let path = folder.join(name);
+            let path = current(folder, name);
             match ReadMap::open(&path) {
                 Ok(map) => drop(maps.insert(name, map)),
                 Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}

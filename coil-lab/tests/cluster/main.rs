@@ -12,8 +12,8 @@ mod policy;
 mod restart;
 mod support;
 mod tally;
-mod udp_gso;
 mod tools;
+mod udp_gso;
 
 use std::process::ExitCode;
 use std::sync::Arc;

@@ -7,7 +7,9 @@ use coil_lab::drive::{apply, exec, until, wait_for};
 use coil_lab::{Lab, Target};
 use serde_json::Value;
 
-use crate::support::{HTTP, INTERNET, OTHER_PRIVATE, PRIVATE, annotate, client, egress, ip, peer, remove, scenarios};
+use crate::support::{
+    HTTP, INTERNET, OTHER_PRIVATE, PRIVATE, annotate, client, egress, ip, peer, remove, scenarios,
+};
 
 scenarios! {
     explain_predicts_what_traffic_does,
