@@ -10,7 +10,6 @@ use coil_common::{
 };
 
 use crate::{
-    csum,
     family::Family,
     flow::{AUTO_PORT_FIRST, AUTO_PORTS, Hash},
     head::{Build, IcmpError, Tunnel},
@@ -51,6 +50,8 @@ pub struct Rewrite<F: Family> {
     pub port: Option<PortEdit>,
     /// The MSS option.
     pub mss: Option<MssEdit>,
+    /// Change by both of what the transport checksum covers itself; see [`Rewrite::plain_delta`].
+    pub plain: u32,
     /// Corrections of the transport checksum.
     pub check: CheckEdit,
     /// Bytes after the Ethernet header to remove.
@@ -128,6 +129,7 @@ impl<F: Family> Rewrite<F> {
             ip: IpEdit { at: 0, first: None, ttl: None, addr: None, check: None, uncovered: None },
             port: None,
             mss: None,
+            plain: 0,
             check: CheckEdit::NONE,
             pop: 0,
             push: None,
@@ -136,22 +138,13 @@ impl<F: Family> Rewrite<F> {
         }
     }
 
-    /// Change of what the transport checksum covers itself, `None` if there is none. It is asked for
-    /// as late as possible: a decision that is kept in a variable doubles the states that the
-    /// verifier has to walk through.
+    /// Change of what the transport checksum covers itself, `None` if there is none. It is a number from
+    /// the start, since verifiers before 6.3 do not believe that what is in an option is not looked at
+    /// where there is none.
     #[inline(always)]
     #[must_use]
     pub const fn plain_delta(&self) -> Option<u32> {
-        let port = match &self.port {
-            Some(port) if port.changes() => Some(csum::delta2(port.old, port.new)),
-            _ => None,
-        };
-        match (port, &self.mss) {
-            (None, None) => None,
-            (Some(port), None) => Some(port),
-            (None, Some(mss)) => Some(mss.delta),
-            (Some(port), Some(mss)) => Some(csum::add(port, mss.delta)),
-        }
+        if self.plain == 0 { None } else { Some(self.plain) }
     }
 
     /// Chooses the header to change and the way to go.

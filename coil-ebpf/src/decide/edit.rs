@@ -69,7 +69,11 @@ impl<F: Family> Rewrite<F> {
         if F::ICMP_PSEUDO || matches!(l4.kind, Kind::Tcp(_) | Kind::Udp) {
             self.check.pseudo = Some(delta);
         }
-        self.port = Some(PortEdit { at: port_at, old: packet.load::<2>(port_at)?, new: to.port });
+        let edit = PortEdit { at: port_at, old: packet.load::<2>(port_at)?, new: to.port };
+        if edit.changes() {
+            self.plain = csum::add(self.plain, csum::delta2(edit.old, edit.new));
+        }
+        self.port = Some(edit);
         Ok(())
     }
 
@@ -77,6 +81,9 @@ impl<F: Family> Rewrite<F> {
     #[inline(always)]
     pub(super) fn clamp(&mut self, l4: &L4, mss: Option<MssEdit>) {
         self.touch(l4);
+        if let Some(mss) = &mss {
+            self.plain = csum::add(self.plain, mss.delta);
+        }
         self.mss = mss;
     }
 
