@@ -138,8 +138,7 @@ impl LabArgs {
                 Ok(ExitCode::SUCCESS)
             }
             Verb::Kubectl { arguments } => {
-                Lab::open()?;
-                let mut kubectl = Command::new("kubectl");
+                let mut kubectl = Command::new(Lab::open()?.kubectl());
                 let error = kubectl.args(arguments).env("KUBECONFIG", paths::kubeconfig()).exec();
                 Err(error).context("cannot run kubectl (Debian package kubernetes-client)")
             }

@@ -28,7 +28,7 @@ pub async fn fresh(options: Options, progress: impl Fn(&str)) -> Result<Lab> {
 
 /// Runs kubectl against the lab and returns what it prints.
 pub async fn kubectl(lab: &Lab, arguments: &[&str], input: &str) -> Result<String> {
-    let mut command = tokio::process::Command::new("kubectl");
+    let mut command = tokio::process::Command::new(lab.kubectl());
     command
         .args(arguments)
         .env("KUBECONFIG", lab.kubeconfig())

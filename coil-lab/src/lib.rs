@@ -124,6 +124,15 @@ impl Lab {
         paths::kubeconfig()
     }
 
+    /// The kubectl to use: that of the control plane, if it brings one.
+    pub fn kubectl(&self) -> PathBuf {
+        match &self.state.options.api {
+            ApiSource::Assets(folder) => Some(folder.join("kubectl")).filter(|program| program.is_file()),
+            _ => None,
+        }
+        .unwrap_or_else(|| "kubectl".into())
+    }
+
     /// What was asked for.
     pub fn options(&self) -> &Options {
         &self.state.options

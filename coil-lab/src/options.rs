@@ -55,8 +55,8 @@ pub struct Options {
     pub family: Family,
     /// Where the API comes from.
     pub api: ApiSource,
-    /// Run the lab's own controllers of workloads, for an API server that has none. The embedded one always has them,
-    /// and so has a control plane from a folder that lacks `kube-controller-manager` or `kube-scheduler`.
+    /// Run the lab's own controllers of workloads and scheduler, for an API server that has none. The embedded one
+    /// always has them; a control plane from a folder gets what the folder lacks.
     pub controllers: bool,
     /// The multi-call binary with `coild`, `coil`, `coil-egress` and `coil-controller`. `None`: a cluster without
     /// Coil, whose pods are wired by the other CNI plugins alone.
@@ -91,7 +91,10 @@ impl Options {
             nodes: 2,
             family: Family::default(),
             api: match std::env::var_os("KUBEBUILDER_ASSETS") {
-                Some(folder) if !folder.is_empty() => ApiSource::Assets(folder.into()),
+                // The supervisor works in another folder.
+                Some(folder) if !folder.is_empty() => {
+                    ApiSource::Assets(std::path::absolute(&folder).unwrap_or_else(|_| folder.into()))
+                }
                 _ => ApiSource::Embedded,
             },
             controllers: false,

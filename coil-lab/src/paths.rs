@@ -65,6 +65,11 @@ pub fn pods() -> PathBuf {
     Path::new(ROOT).join("pods")
 }
 
+/// Folder of the credentials of one pod.
+pub fn account(uid: &str) -> PathBuf {
+    Path::new(ROOT).join("accounts").join(uid)
+}
+
 /// Folder of the pins of all nodes.
 pub fn pins() -> PathBuf {
     Path::new(BPFFS).join("coil-lab")

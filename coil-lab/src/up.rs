@@ -2,7 +2,7 @@
 
 use crate::cni;
 use crate::down::{self, DownError};
-use crate::options::Options;
+use crate::options::{ApiSource, Options};
 use crate::paths;
 use crate::state::{Phase, State, StateError};
 use crate::supervisor::Message;
@@ -149,7 +149,14 @@ fn check(options: &Options) -> Result<(), UpError> {
             }
         }
     }
+    const ASSETS: &str = ": KUBEBUILDER_ASSETS must name a folder with etcd and kube-apiserver";
+    let assets = match &options.api {
+        ApiSource::Assets(folder) => [Some(folder.join("etcd")), Some(folder.join("kube-apiserver"))],
+        _ => [None, None],
+    };
     let files = [
+        (assets[0].as_ref(), "program", ASSETS),
+        (assets[1].as_ref(), "program", ASSETS),
         (options.programs.as_ref(), "program", ": build it with `cargo xtask build`"),
         (options.conflist.as_ref(), "CNI configuration list", ""),
     ];

@@ -45,6 +45,7 @@ type Pass = fn(&Cluster) -> ApiResult<Option<Duration>>;
 /// Name, pass, resources that trigger it (all when empty).
 const CONTROLLERS: &[(&str, Pass, &[(&str, &str)])] = &[
     ("namespace-controller", namespace::pass, &[]),
+    ("serviceaccount-controller", namespace::accounts, &[("", "namespaces"), ("", "serviceaccounts")]),
     ("garbage-collector", gc::pass, &[]),
     (
         "deployment-controller",
@@ -55,8 +56,30 @@ const CONTROLLERS: &[(&str, Pass, &[(&str, &str)])] = &[
     ("daemonset-controller", daemonset::pass, &[("apps", "daemonsets"), ("", "nodes"), ("", "pods")]),
     ("endpointslice-controller", endpoints::pass, &[("", "services"), ("", "pods"), ("", "nodes")]),
     ("disruption-controller", pdb::pass, &[("policy", "poddisruptionbudgets"), ("", "pods")]),
-    ("default-scheduler", scheduler::pass, &[("", "pods"), ("", "nodes")]),
+    (SCHEDULER, scheduler::pass, &[("", "pods"), ("", "nodes")]),
 ];
+
+const SCHEDULER: &str = "default-scheduler";
+
+/// Which of the controllers something else runs already.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Elsewhere {
+    /// All but the scheduler: a `kube-controller-manager`.
+    pub manager: bool,
+    /// The scheduler.
+    pub scheduler: bool,
+}
+
+impl Elsewhere {
+    /// A cluster that lacks nothing.
+    pub const ALL: Self = Self { manager: true, scheduler: true };
+    /// A bare API server.
+    pub const NONE: Self = Self { manager: false, scheduler: false };
+
+    fn runs(self, name: &str) -> bool {
+        if name == SCHEDULER { self.scheduler } else { self.manager }
+    }
+}
 
 /// Starts all controllers; they end when the server stops. The set ends early only if a controller panicked.
 pub fn start(server: &Arc<ApiServer>) -> JoinSet<()> {
@@ -68,11 +91,11 @@ pub fn start(server: &Arc<ApiServer>) -> JoinSet<()> {
     tasks
 }
 
-/// Starts all controllers on an API server that has none. They end with the set.
-pub fn start_remote(client: kube::Client) -> JoinSet<()> {
+/// Starts the controllers that an API server lacks. They end with the set.
+pub fn start_remote(client: kube::Client, elsewhere: Elsewhere) -> JoinSet<()> {
     let mut tasks = JoinSet::new();
     let backend = Arc::new(remote::Remote::new(client));
-    for &(name, pass, _) in CONTROLLERS {
+    for &(name, pass, _) in CONTROLLERS.iter().filter(|(name, ..)| !elsewhere.runs(name)) {
         tasks.spawn(remote::run(Cluster { backend: backend.clone(), name }, pass));
     }
     tasks

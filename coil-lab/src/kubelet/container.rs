@@ -1,5 +1,6 @@
 //! One container: starts its process, if it has one, starts it again as the restart policy says, and ends it.
 
+use super::account;
 use super::environment::{self, Facts};
 use super::events::News;
 use super::probe::{self, Place};
@@ -12,7 +13,7 @@ use k8s_openapi::api::core::v1::{Container as Spec, Pod};
 use k8s_openapi::jiff::Timestamp;
 use std::net::IpAddr;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -220,7 +221,8 @@ impl Run {
                 message: String::new(),
             });
         };
-        let mut child = self.spawn(&argv, &environment)?;
+        let kubeconfig = account::kubeconfig(&self.setting.host, &self.setting.pod).await?;
+        let mut child = self.spawn(&argv, &environment, kubeconfig.as_deref())?;
         let pid = child.id();
         info!(container = self.spec.name, pid, program = argv[0], "started");
         self.tell(News::normal("Started", format!("Started container {}", self.spec.name)));
@@ -272,7 +274,12 @@ impl Run {
         (!argv.is_empty() && self.spec.command.is_some()).then_some(argv)
     }
 
-    fn spawn(&self, argv: &[String], environment: &[(String, String)]) -> anyhow::Result<Child> {
+    fn spawn(
+        &self,
+        argv: &[String],
+        environment: &[(String, String)],
+        kubeconfig: Option<&Path>,
+    ) -> anyhow::Result<Child> {
         use anyhow::Context;
         let Setting { host, node, pod, netns, .. } = &self.setting;
         let metadata = &pod.metadata;
@@ -289,6 +296,9 @@ impl Run {
             }
         }
         target::environment(&mut command, &host.state, Some(&node.name));
+        if let Some(kubeconfig) = kubeconfig {
+            command.env("KUBECONFIG", kubeconfig);
+        }
         let api = host.state.topology.api_addresses.first().map(ToString::to_string).unwrap_or_default();
         let host_network = pod.spec.as_ref().and_then(|spec| spec.host_network).unwrap_or(false);
         let hostname = if host_network { Some(&node.name) } else { metadata.name.as_ref() };

@@ -5,6 +5,7 @@
 //! the annotation [`RUN_ANNOTATION`]. Any other container has no process and counts as running: there are no images
 //! here. Volumes, users, limits, lifecycle hooks and `kubectl exec` do not exist either.
 
+mod account;
 mod container;
 mod environment;
 mod events;

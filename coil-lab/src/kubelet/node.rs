@@ -9,6 +9,8 @@ use serde_json::{Value, json};
 use std::time::Duration;
 use tracing::warn;
 
+const NOT_READY: &str = "node.kubernetes.io/not-ready";
+
 /// Makes or updates the node's object and reports it ready.
 pub(super) async fn register(client: &Client, node: &Node) -> Result<(), Error> {
     let nodes: Api<NodeObject> = Api::all(client.clone());
@@ -24,7 +26,20 @@ pub(super) async fn register(client: &Client, node: &Node) -> Result<(), Error> 
         },
         Err(error) => return Err(Error::SerdeError(error)),
     }
-    report(client, node).await
+    report(client, node).await?;
+    untaint(&nodes, &node.name).await
+}
+
+/// An API server taints a new node until the controller of nodes finds it ready. That one does not run here: it would
+/// evict pods whenever a busy machine delays a heartbeat.
+async fn untaint(nodes: &Api<NodeObject>, name: &str) -> Result<(), Error> {
+    let taints = nodes.get(name).await?.spec.and_then(|spec| spec.taints).unwrap_or_default();
+    let kept: Vec<_> = taints.iter().filter(|taint| taint.key != NOT_READY).collect();
+    if kept.len() == taints.len() {
+        return Ok(());
+    }
+    let patch = json!({ "spec": { "taints": kept } });
+    nodes.patch(name, &PatchParams::default(), &Patch::Merge(&patch)).await.map(|_| ())
 }
 
 /// Reports every node again and again, as a node controller expects.

@@ -1,6 +1,7 @@
 //! One pod, from binding to removal.
 
 use super::Host;
+use super::account;
 use super::container::{self, Container, Phase, Restart, Setting};
 use super::events::{Events, News};
 use super::sandbox::Sandbox;
@@ -302,6 +303,7 @@ impl Worker {
             self.publish().await;
             self.delete_object().await;
         }
+        account::forget(&self.uid);
         // Last, since publishing writes it.
         if let Err(error) = std::fs::remove_file(self.record().file()) {
             debug!(%error, "record");

@@ -3,6 +3,7 @@
 
 use super::control_plane;
 use crate::api::{ApiConfig, ApiServer, PodLogs};
+use crate::controllers::Elsewhere;
 use crate::netns::Netns;
 use crate::options::ApiSource;
 use crate::state::State;
@@ -24,8 +25,8 @@ use tracing::debug;
 pub(super) struct Api {
     /// A client of it.
     pub(super) client: Client,
-    /// Whether something else runs the controllers of workloads.
-    pub(super) has_controllers: bool,
+    /// Which of the lab's controllers something else runs.
+    pub(super) elsewhere: Elsewhere,
     /// The embedded server, for its controllers.
     pub(super) embedded: Option<Arc<ApiServer>>,
     tasks: JoinSet<anyhow::Result<()>>,
@@ -38,12 +39,16 @@ impl Api {
             ApiSource::Embedded => embedded(state).await,
             ApiSource::Assets(folder) => {
                 super::progress(format!("starting the control plane in {}", folder.display()));
-                let plane = control_plane::start(state, &folder).await?;
-                let mut api = real(state, &plane.kubeconfig, plane.has_controllers).await?;
+                let plan = control_plane::Plan::of(state, &folder)?;
+                let plane = control_plane::start(&plan).await?;
+                let mut api = real(state, &plane.kubeconfig, plane.elsewhere).await?;
                 api.tasks.spawn(plane.watch());
                 Ok(api)
             }
-            ApiSource::Kubeconfig(file) => real(state, &file, true).await,
+            ApiSource::Kubeconfig(file) => {
+                let elsewhere = if state.options.controllers { Elsewhere::NONE } else { Elsewhere::ALL };
+                real(state, &file, elsewhere).await
+            }
         }
     }
 
@@ -101,11 +106,11 @@ async fn embedded(state: &mut State) -> anyhow::Result<Api> {
     state.api_url = Some(url);
     state.save()?;
     let client = client(&paths::kubeconfig()).await?;
-    Ok(Api { client, has_controllers: true, embedded: Some(server), tasks })
+    Ok(Api { client, elsewhere: Elsewhere::ALL, embedded: Some(server), tasks })
 }
 
 /// An API server that runs already: its kubeconfig is copied, and the lab's namespaces reach it through the router.
-async fn real(state: &mut State, file: &Path, has_controllers: bool) -> anyhow::Result<Api> {
+async fn real(state: &mut State, file: &Path, elsewhere: Elsewhere) -> anyhow::Result<Api> {
     let config = load(file).await?;
     let host =
         config.cluster_url.host().context("the API server's URL has no host")?.trim_matches(['[', ']']);
@@ -141,7 +146,7 @@ async fn real(state: &mut State, file: &Path, has_controllers: bool) -> anyhow::
     state.save()?;
     let client = Client::try_from(config).context("client of the API")?;
     client.apiserver_version().await.context("the API server does not answer")?;
-    Ok(Api { client, has_controllers, embedded: None, tasks })
+    Ok(Api { client, elsewhere, embedded: None, tasks })
 }
 
 /// File names in a kubeconfig are relative to it; its copies are elsewhere.

@@ -17,7 +17,6 @@ use serde::{Deserialize, Serialize};
 use std::io::Write;
 use std::os::unix::fs::{PermissionsExt, symlink};
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info};
 
@@ -98,10 +97,14 @@ async fn run() -> anyhow::Result<()> {
     let shutdown = CancellationToken::new();
     let mut controllers = match &api.embedded {
         Some(server) => controllers::start(server),
-        None if api.has_controllers && !state.options.controllers => JoinSet::new(),
         None => {
-            progress("running the lab's own controllers of workloads");
-            controllers::start_remote(api.client.clone())
+            if !api.elsewhere.manager {
+                progress("running the lab's own controllers of workloads");
+            }
+            if !api.elsewhere.scheduler {
+                progress("running the lab's own scheduler");
+            }
+            controllers::start_remote(api.client.clone(), api.elsewhere)
         }
     };
     progress("registering nodes and custom resources");
@@ -113,7 +116,7 @@ async fn run() -> anyhow::Result<()> {
         objects::definitions(&client, &state.options.crds).await?;
         if state.options.programs.is_some() {
             progress("starting coild on every node, and coil-controller");
-            objects::coil(&client).await?;
+            objects::coil(&client).await.context("the objects of Coil")?;
             objects::coil_ready(&client, &state).await?;
         }
         state.phase = Phase::Ready;

@@ -10,6 +10,13 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 const COIL: &str = include_str!("coil.yaml");
+/// What the programs may do is what the product's manifests say, so that an API server which enforces roles tests them.
+const ROLES: [&str; 4] = [
+    include_str!("../../../manifests/agent/rbac.yaml"),
+    include_str!("../../../manifests/rbac/controller.yaml"),
+    include_str!("../../../manifests/rbac/egress.yaml"),
+    include_str!("../../../manifests/rbac/leader-election.yaml"),
+];
 const FIELD_MANAGER: &str = "coil-lab";
 
 /// Applies every manifest of a folder, and waits until the API serves the kinds that they define.
@@ -29,8 +36,11 @@ pub(super) async fn definitions(client: &Client, folder: &Path) -> anyhow::Resul
     Ok(())
 }
 
-/// Applies the pods of Coil.
+/// Applies the roles and the pods of Coil.
 pub(super) async fn coil(client: &Client) -> anyhow::Result<()> {
+    for text in ROLES {
+        apply(client, text).await?;
+    }
     let text = COIL.replace("@IMAGE@", crate::COIL_IMAGE).replace("@ROOT@", crate::paths::ROOT);
     apply(client, &text).await.map(drop)
 }
