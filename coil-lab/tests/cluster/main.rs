@@ -10,6 +10,7 @@ mod offloads;
 mod path_mtu;
 mod policy;
 mod restart;
+mod roles;
 mod support;
 mod tally;
 mod tools;
@@ -19,14 +20,14 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use coil_lab::drive::fresh;
-use coil_lab::{Family, Lab, Options};
+use coil_lab::{ApiSource, Family, Lab, Options};
 use libtest_mimic::{Arguments, Conclusion, Failed, Trial};
 
 use support::Scenario;
 
 fn main() -> ExitCode {
     let arguments = Arguments::from_args();
-    let scenarios: Vec<Scenario> = [
+    let mut scenarios: Vec<Scenario> = [
         policy::scenarios(),
         closed_doors::scenarios(),
         path_mtu::scenarios(),
@@ -40,6 +41,10 @@ fn main() -> ExitCode {
     .into_iter()
     .flatten()
     .collect();
+    // The embedded API refuses nobody anything.
+    if support::options().api != ApiSource::Embedded {
+        scenarios.extend(roles::scenarios());
+    }
     let wanted = arguments.ignored || arguments.include_ignored;
     if !wanted || arguments.list {
         let trials = scenarios.iter().map(|scenario| {
