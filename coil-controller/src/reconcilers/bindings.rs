@@ -9,7 +9,7 @@ use coil_api::{Egress, names};
 use coil_runtime::patience::patient;
 use coil_runtime::tasks::Drain;
 use futures::stream::{BoxStream, select};
-use futures::{Stream, StreamExt, TryStreamExt};
+use futures::{FutureExt, Stream, StreamExt, TryStreamExt};
 use k8s_openapi::api::rbac::v1::{ClusterRoleBinding, Subject};
 use kube::api::PostParams;
 use kube::core::DeserializeGuard;
@@ -107,7 +107,9 @@ impl Bindings {
                     }
                     None => return,
                 },
-                () = sleep_until(due) => {
+                // The first list of Egresses comes through this very loop: `sync` would wait for it for ever.
+                () = sleep_until(due), if !self.listed() => due = Some(tokio::time::Instant::now() + SETTLE),
+                () = sleep_until(due), if self.listed() => {
                     due = None;
                     match self.sync(None).await {
                         Ok(()) => failures = 0,
@@ -121,6 +123,11 @@ impl Bindings {
                 }
             }
         }
+    }
+
+    /// Whether all Egresses are known.
+    fn listed(&self) -> bool {
+        self.egresses.wait_until_ready().now_or_never().is_some()
     }
 
     /// Brings the subjects up to date. `also` is a namespace that has an Egress for certain, even if the
@@ -186,6 +193,30 @@ pub(super) async fn sleep_until(due: Option<tokio::time::Instant>) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use coil_runtime::tasks::Tasks;
+    use kube::Config;
+
+    /// The binding may be there long before the Egresses are listed, on a slow API server.
+    #[tokio::test]
+    async fn a_late_list_of_egresses_is_waited_for_while_watching() {
+        let config = Config::new("http://127.0.0.1:9".parse().expect("a URL"));
+        let (bindings, _) = Bindings::new(Client::try_from(config).expect("a client"));
+        let (polled, reached) = tokio::sync::oneshot::channel();
+        let late = async {
+            tokio::time::sleep(3 * SETTLE).await;
+            polled.send(()).expect("somebody waits");
+            Ok(Changed::Egress)
+        };
+        let first = futures::stream::iter([Ok(Changed::Binding)]);
+        let watches =
+            first.chain(futures::stream::once(late)).chain(futures::stream::pending::<Result<_, _>>());
+        let tasks = Tasks::without_signals();
+        let drain = tasks.drain();
+        tokio::select! {
+            () = bindings.run(Watches(watches.boxed()), drain) => panic!("it ended"),
+            reached = tokio::time::timeout(Duration::from_secs(30), reached) => reached.expect("in time").expect("it lives"),
+        }
+    }
 
     #[test]
     fn subjects_are_sorted_and_exact() {
