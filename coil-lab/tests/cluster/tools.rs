@@ -64,14 +64,14 @@ async fn explain_predicts_what_traffic_does(lab: &Lab) -> Result<()> {
     let pods = [
         (("tools-client", "both"), "worker1"),
         (("tools-client", "plain"), "worker2"),
-        (("tools-client", "off"), "worker1"),
+        (("tools-client", "shut"), "worker1"),
     ];
     let manifest = egress("tools", "wide", &["0.0.0.0/0", "::/0"], "  replicas: 2\n")
         + &egress("tools", "narrow", &["192.168.200.0/24", "fd00:192:168:200::/64"], "")
         + &egress("tools", "closed", &["203.0.113.0/24", "2001:db8:ffff::/48"], NOWHERE)
         + &client("tools-client", "both", "worker1", &[annotation])
         + &client("tools-client", "plain", "worker2", &[])
-        + &client("tools-client", "off", "worker1", &[("egress.coil.cybozu.com/tools", "closed")]);
+        + &client("tools-client", "shut", "worker1", &[("egress.coil.cybozu.com/tools", "closed")]);
     apply(lab, &manifest).await?;
     wait_for(lab, "condition=Ready", "tools", &["egress/wide", "egress/narrow"]).await?;
     wait_for(lab, "condition=Ready", "tools-client", &["pod", "--all"]).await?;
