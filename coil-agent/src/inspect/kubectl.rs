@@ -31,6 +31,12 @@ pub enum KubectlError {
     /// What it printed is no JSON.
     #[error("kubectl printed something unexpected")]
     Json(#[from] serde_json::Error),
+    /// There is no such pod, or it is on no node yet.
+    #[error("there is no pod {pod} on any node")]
+    NoPod {
+        /// The pod.
+        pod: PodRef,
+    },
     /// There is no agent where one is needed.
     #[error("no coild runs {place}")]
     NoAgent {
@@ -133,7 +139,10 @@ pub fn run(parsed: &args::Args, raw: &[OsString]) -> Result<u8, KubectlError> {
     let mut chosen = agents(&list);
     let node = match (&parsed.node, subject(&parsed.command)) {
         (Some(node), _) => Some(node.clone()),
-        (None, Some(subject)) => node_of(subject, &json("get", &where_is(subject))?),
+        (None, Some(subject)) => match (node_of(subject, &json("get", &where_is(subject))?), subject) {
+            (None, PodRef::Name(..)) => return Err(KubectlError::NoPod { pod: subject.clone() }),
+            (node, _) => node,
+        },
         (None, None) => None,
     };
     if let Some(node) = &node {
@@ -143,14 +152,25 @@ pub fn run(parsed: &args::Args, raw: &[OsString]) -> Result<u8, KubectlError> {
         let place = node.map_or_else(|| "in this cluster".to_owned(), |node| format!("on node {node}"));
         return Err(KubectlError::NoAgent { place });
     }
+    let code = |status: ExitStatus| status.code().and_then(|code| u8::try_from(code).ok()).unwrap_or(1);
     let mut worst = 0;
+    if matches!(parsed.command, args::Command::Monitor(_)) {
+        // These go on, so all at a time.
+        let mut children = Vec::new();
+        for agent in &chosen {
+            children.push(Command::new("kubectl").args(exec(agent, raw)).spawn()?);
+        }
+        for mut child in children {
+            worst = worst.max(code(child.wait()?));
+        }
+        return Ok(worst);
+    }
     let several = chosen.len() > 1;
     for agent in &chosen {
         if several {
             eprintln!("node {}:", agent.node);
         }
-        let status: ExitStatus = Command::new("kubectl").args(exec(agent, raw)).status()?;
-        worst = worst.max(status.code().and_then(|code| u8::try_from(code).ok()).unwrap_or(1));
+        worst = worst.max(code(Command::new("kubectl").args(exec(agent, raw)).status()?));
     }
     Ok(worst)
 }
