@@ -43,5 +43,7 @@ pub const DEFAULT_ICMP_BURST: u32 = 100;
 
 /// [`Config::flags`]: a gateway derives the outer source port of replies from the flow.
 pub const CONFIG_SOURCE_PORT_AUTO: u32 = 1 << 0;
+/// [`Config::flags`]: a gateway hands packets to the other end of its interface, past its own egress.
+pub const CONFIG_REDIRECT_PEER: u32 = 1 << 8;
 
 shared! { Config = 56 }

@@ -51,6 +51,7 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
         backend,
         bpffs_root,
         max_nat_entries,
+        redirect_peer,
         icmp,
         pod_addresses,
         pod_namespace,
@@ -77,6 +78,11 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
         .link_by_name(INTERFACE)
         .await?
         .with_context(|| format!("there is no interface {INTERFACE}"))?;
+    // Only a pair of interfaces has another end, and only one in another name space is not ours.
+    let has_peer = interface.is_veth() && interface.peer_netns.is_some();
+    if redirect_peer && !has_peer {
+        tracing::warn!(interface = INTERFACE, "--redirect-peer has no effect: this is no veth");
+    }
     let options = GatewayOptions {
         bpffs_root,
         pin_name,
@@ -87,6 +93,7 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
         ifindex: interface.index,
         mtu: interface.mtu,
         max_nat: max_nat_entries,
+        redirect_peer: redirect_peer && has_peer,
         icmp,
     };
     let datapath = tokio::task::spawn_blocking(move || GatewayDatapath::open(&options))

@@ -38,6 +38,11 @@ pub struct Args {
     #[arg(long, env = "COIL_MAX_NAT_ENTRIES", default_value_t = MAX_NAT as u32,
           value_parser = clap::value_parser!(u32).range(1..=1 << 26))]
     pub max_nat_entries: u32,
+    /// Hand packets to the host's end of a veth `eth0` at once, past queueing disciplines, TC programs
+    /// and counters of the egress of `eth0` itself.
+    #[arg(long, env = "COIL_REDIRECT_PEER", default_value_t = false, action = clap::ArgAction::Set,
+          num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    pub redirect_peer: bool,
     /// ICMP errors to clients and to remote hosts.
     #[command(flatten)]
     pub icmp: IcmpLimit,

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use aya::maps::{HashMap, MapData};
 use aya::programs::{ProgramFd, ProgramInfo};
-use coil_common::config::{CONFIG_SOURCE_PORT_AUTO, Config};
+use coil_common::config::{CONFIG_REDIRECT_PEER, CONFIG_SOURCE_PORT_AUTO, Config};
 use coil_common::keys::{ClientKey4, ClientKey6};
 use coil_common::names;
 use coil_common::values::ClientValue;
@@ -41,6 +41,9 @@ pub struct GatewayOptions {
     pub mtu: u32,
     /// Translations of one family that fit.
     pub max_nat: u32,
+    /// Packets go to the other end of the interface at once; it must be a veth with its other end in
+    /// another name space.
+    pub redirect_peer: bool,
     /// Bounds of ICMP errors.
     pub icmp: IcmpLimit,
 }
@@ -70,6 +73,7 @@ impl GatewayDatapath {
             ifindex,
             mtu,
             max_nat,
+            redirect_peer,
             icmp,
         } = options;
         let folder = PinFolder::open(bpffs_root, IfUnmounted::Mount)?.gateway(pin_name)?;
@@ -81,7 +85,8 @@ impl GatewayDatapath {
             nat_port_last: *ports.range.end(),
             nat_port_excluded: ports.excluded,
             mtu: *mtu,
-            flags: if *source_port_auto { CONFIG_SOURCE_PORT_AUTO } else { 0 },
+            flags: (if *source_port_auto { CONFIG_SOURCE_PORT_AUTO } else { 0 })
+                | (if *redirect_peer { CONFIG_REDIRECT_PEER } else { 0 }),
             seed: boot_seed()?,
             ..Config::default()
         };

@@ -315,7 +315,7 @@ fn finish<F: Build>(skb: &mut Skb, hook: u32, outcome: u64) -> i32 {
         return TC_ACT_UNSPEC;
     }
     if kind == Outcome::BACK.0 {
-        return skb.redirect_back();
+        return skb.redirect_back(config());
     }
     let dropped = dropped(skb);
     let reason = (outcome >> 8 & 0xff) as u32;
@@ -325,7 +325,7 @@ fn finish<F: Build>(skb: &mut Skb, hook: u32, outcome: u64) -> i32 {
         maps::count_invalid(F::INDEX, &dropped);
     }
     if kind == Outcome::REFUSE && refuse::refuse::<F>(skb, outcome >> 16) {
-        return skb.redirect_back();
+        return skb.redirect_back(config());
     }
     TC_ACT_SHOT
 }

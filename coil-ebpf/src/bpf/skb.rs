@@ -9,10 +9,13 @@
 
 use aya_ebpf::{
     bindings::__sk_buff,
-    helpers::generated::{bpf_redirect, bpf_skb_pull_data},
+    helpers::generated::{bpf_redirect, bpf_redirect_peer, bpf_skb_pull_data},
     programs::TcContext,
 };
-use coil_common::stats::DropReason;
+use coil_common::{
+    config::{CONFIG_REDIRECT_PEER, Config},
+    stats::DropReason,
+};
 use coil_ebpf::{
     packet::{ETHERNET, Packet, View},
     parse::{
@@ -71,11 +74,19 @@ impl Skb {
         unsafe { (*self.raw).ifindex }
     }
 
-    /// Sends the packet out of the interface that it came in by.
+    /// Sends the packet out of the interface that it came in by: by its queue, or at once to where the
+    /// other end of the interface receives it.
     #[inline(always)]
-    pub(super) fn redirect_back(&self) -> i32 {
-        // SAFETY: the helper only notes where the packet goes.
-        unsafe { bpf_redirect(self.ifindex(), 0) as i32 }
+    pub(super) fn redirect_back(&self, config: &Config) -> i32 {
+        let ifindex = self.ifindex();
+        // SAFETY: the helpers only note where the packet goes.
+        unsafe {
+            if config.flags & CONFIG_REDIRECT_PEER != 0 {
+                bpf_redirect_peer(ifindex, 0) as i32
+            } else {
+                bpf_redirect(ifindex, 0) as i32
+            }
+        }
     }
 
     /// A pointer to `N` bytes of the packet that are readable.

@@ -164,6 +164,7 @@ impl Topology {
             ifindex: self.gateway.net.ifindex("eth0"),
             mtu: 1500,
             max_nat: 4096,
+            redirect_peer: true,
         }
     }
 
