@@ -200,7 +200,7 @@ mod tests {
     #[tokio::test]
     async fn a_late_list_of_egresses_is_waited_for_while_watching() {
         let config = Config::new("http://127.0.0.1:9".parse().expect("a URL"));
-        let (bindings, _) = Bindings::new(Client::try_from(config).expect("a client"));
+        let (bindings, _kept) = Bindings::new(Client::try_from(config).expect("a client"));
         let (polled, reached) = tokio::sync::oneshot::channel();
         let late = async {
             tokio::time::sleep(3 * SETTLE).await;
