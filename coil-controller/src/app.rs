@@ -29,7 +29,7 @@ const RETRY: Duration = Duration::from_secs(2);
 
 pub(crate) async fn run(args: Args) -> anyhow::Result<()> {
     let Args { metrics_addr, health_addr, egress, leader, pod_namespace, pod_name, log } = args;
-    let EgressArgs { egress_port, egress_image, backend } = egress;
+    let EgressArgs { egress_port, egress_image, egress_drain_timeout, backend } = egress;
     let LeaderArgs { leader_elect, leader_elect_namespace, leader_elect_name } = leader;
 
     let log = telemetry::init(NAME, &log)?;
@@ -63,7 +63,7 @@ pub(crate) async fn run(args: Args) -> anyhow::Result<()> {
             },
         };
         drop(starting);
-        let settings = Settings { image, fou_port: egress_port };
+        let settings = Settings { image, fou_port: egress_port, drain_timeout: egress_drain_timeout };
         tracing::info!(image = settings.image, fou_port = settings.fou_port, "settings");
         let work = |drain| run_controllers(client, settings, me, registry, drain);
         match elector {

@@ -39,6 +39,10 @@ pub(crate) struct EgressArgs {
     /// Image of egress pods. Default: the image of the first container of this pod.
     #[arg(long, env = "COIL_EGRESS_IMAGE")]
     pub(crate) egress_image: Option<String>,
+    /// Seconds in which the flows of an egress pod that ends may come to their own end. The pod's
+    /// terminationGracePeriodSeconds is ten seconds more; one that the template sets goes first.
+    #[arg(long, env = "COIL_EGRESS_DRAIN_TIMEOUT", default_value_t = 300, value_parser = clap::value_parser!(u32).range(..=86_400))]
+    pub(crate) egress_drain_timeout: u32,
     /// Of the original; has no effect, since NAT is done by eBPF.
     #[arg(long, env = "COIL_BACKEND", value_enum, hide = true)]
     pub(crate) backend: Option<Backend>,

@@ -94,16 +94,40 @@ impl Tasks {
     ///
     /// # Errors
     /// The first task that failed, or ended before the drain.
-    pub async fn run(mut self, deadline: Duration) -> Result<(), TaskError> {
+    pub async fn run(self, deadline: Duration) -> Result<(), TaskError> {
+        self.run_lingering(deadline, async || ()).await
+    }
+
+    /// The same, but a signal is first answered by `linger`, which is called then: all tasks go on until it
+    /// is done, a task ends, or a second signal comes.
+    ///
+    /// # Errors
+    /// The first task that failed, or ended before the drain.
+    pub async fn run_lingering(
+        mut self,
+        deadline: Duration,
+        linger: impl AsyncFnOnce(),
+    ) -> Result<(), TaskError> {
         let mut outcome = Ok(());
-        let signals = self.signals.take();
-        tokio::select! {
-            name = received(signals) => tracing::info!(signal = name, "draining"),
-            () = self.drain.cancelled() => tracing::info!("draining"),
-            Some(ended) = self.set.join_next_with_id() => {
+        let mut signals = self.signals.take();
+        let mut end = self.end(&mut signals).await;
+        if let End::Signal(signal) = end {
+            tracing::info!(signal, "draining");
+            end = tokio::select! {
+                () = linger() => End::Drained,
+                end = self.end(&mut signals) => end,
+            };
+            if let End::Signal(signal) = end {
+                tracing::warn!(signal, "a second signal: ending at once");
+            }
+        }
+        match end {
+            End::Signal(_) => {}
+            End::Drained => tracing::info!("ending"),
+            End::Task(ended) => {
                 outcome = self.judge(ended, self.drain.is_cancelled());
                 if let Err(error) = &outcome {
-                    tracing::error!(error = error as &dyn Error, "draining");
+                    tracing::error!(error = error as &dyn Error, "ending");
                 }
             }
         }
@@ -127,11 +151,16 @@ impl Tasks {
         outcome
     }
 
-    fn judge(
-        &mut self,
-        ended: Result<(Id, Result<(), BoxError>), JoinError>,
-        draining: bool,
-    ) -> Result<(), TaskError> {
+    /// The next reason to end.
+    async fn end(&mut self, signals: &mut Option<(Signal, Signal)>) -> End {
+        tokio::select! {
+            name = received(signals) => End::Signal(name),
+            () = self.drain.cancelled() => End::Drained,
+            Some(ended) = self.set.join_next_with_id() => End::Task(ended),
+        }
+    }
+
+    fn judge(&mut self, ended: Ended, draining: bool) -> Result<(), TaskError> {
         let mut forget = |id| self.names.remove(&id).unwrap_or("a task");
         match ended {
             Ok((id, Ok(()))) => {
@@ -144,9 +173,22 @@ impl Tasks {
     }
 }
 
-async fn received(signals: Option<(Signal, Signal)>) -> &'static str {
+/// How a task ended.
+type Ended = Result<(Id, Result<(), BoxError>), JoinError>;
+
+/// Why a process ends.
+enum End {
+    /// This signal.
+    Signal(&'static str),
+    /// Somebody has cancelled the drain, or all is done.
+    Drained,
+    /// A task has ended by itself.
+    Task(Ended),
+}
+
+async fn received(signals: &mut Option<(Signal, Signal)>) -> &'static str {
     match signals {
-        Some((mut terminate, mut interrupt)) => tokio::select! {
+        Some((terminate, interrupt)) => tokio::select! {
             _ = terminate.recv() => "SIGTERM",
             _ = interrupt.recv() => "SIGINT",
         },
@@ -173,6 +215,64 @@ mod tests {
         let drain = tasks.drain();
         drain.cancel();
         assert!(tasks.run(SOON).await.is_ok());
+    }
+
+    fn terminate() {
+        let pid = std::process::id().to_string();
+        assert!(std::process::Command::new("kill").args(["-TERM", &pid]).status().is_ok_and(|s| s.success()));
+    }
+
+    /// One test for all, since a signal is for the whole process.
+    #[tokio::test]
+    async fn tasks_go_on_while_the_process_lingers() -> Result<(), TaskError> {
+        // Until what it waits for is done.
+        let mut tasks = Tasks::new()?;
+        tasks.spawn("a", until_drained);
+        let drain = tasks.drain();
+        let (asked, heard) = tokio::sync::oneshot::channel();
+        let (done, wait) = tokio::sync::oneshot::channel::<()>();
+        let run = tokio::spawn(tasks.run_lingering(SOON, async move || {
+            assert!(asked.send(()).is_ok());
+            assert!(wait.await.is_ok());
+        }));
+        terminate();
+        assert!(heard.await.is_ok());
+        assert!(!drain.is_cancelled());
+        assert!(done.send(()).is_ok());
+        assert!(matches!(run.await, Ok(Ok(()))));
+        assert!(drain.is_cancelled());
+
+        // Until a second signal.
+        let mut tasks = Tasks::new()?;
+        tasks.spawn("a", until_drained);
+        terminate();
+        assert!(
+            tasks
+                .run_lingering(SOON, async || {
+                    terminate();
+                    std::future::pending::<()>().await;
+                })
+                .await
+                .is_ok()
+        );
+
+        // Until a task fails.
+        let mut tasks = Tasks::new()?;
+        let fail = std::sync::Arc::new(tokio::sync::Notify::new());
+        let failing = fail.clone();
+        tasks.spawn("bad", |_| async move {
+            failing.notified().await;
+            Err(std::io::Error::other("no"))
+        });
+        terminate();
+        let outcome = tasks
+            .run_lingering(SOON, async || {
+                fail.notify_one();
+                std::future::pending::<()>().await;
+            })
+            .await;
+        assert!(matches!(outcome, Err(TaskError::Failed { task: "bad", .. })));
+        Ok(())
     }
 
     #[tokio::test]

@@ -1,8 +1,8 @@
 //! The order in which `coil-egress` starts and the tasks that it consists of. Nothing else spawns tasks.
 //!
-//! SIGTERM makes it unready at once and ends it. Maps and link stay pinned: packets are forwarded until
-//! the pod's network is gone, and a new process in the same pod adopts them. `coild` removes the pins of
-//! pods that are gone.
+//! SIGTERM makes it unready at once; it ends when its flows are done ([`drain`]). Maps and link stay
+//! pinned: packets are forwarded until the pod's network is gone, and a new process in the same pod adopts
+//! them. `coild` removes the pins of pods that are gone.
 
 use std::collections::BTreeSet;
 use std::future::Future;
@@ -17,9 +17,11 @@ use coil_runtime::{admin, kube_client, metrics, telemetry};
 use tokio::sync::mpsc;
 
 use super::args::Args;
+use super::census::Census;
 use super::clients::{ClientIndex, Input};
 use super::collect::NatCollector;
 use super::datapath::{ClientMaps, GatewayDatapath, GatewayOptions};
+use super::drain::{self, Draining};
 use super::metrics::{GatewayCollector, Labels, Shared};
 use super::{INTERFACE, ports, watch};
 use crate::datapath::{DatapathError, MapAccessError, seconds_since_boot};
@@ -53,6 +55,7 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
         max_nat_entries,
         redirect_peer,
         icmp,
+        drain_timeout,
         pod_addresses,
         pod_namespace,
         egress_name,
@@ -106,10 +109,10 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
     registry.register(Box::new(collector))?;
 
     let mut tasks = Tasks::new()?;
-    let drain = tasks.drain();
-    readiness.ready_check("draining", move || {
-        if drain.is_cancelled() { Err("this gateway is ending".into()) } else { Ok(()) }
-    });
+    let draining = Draining::default();
+    let check = draining.clone();
+    readiness.ready_check("draining", move || check.check());
+    let census = Census::open(&folder)?;
     tasks.spawn("health server", |drain| admin::serve_health(health, readiness.clone(), log, drain));
     tasks.spawn("metrics server", |drain| admin::serve_metrics(metrics, registry.clone(), drain));
     let (sender, inputs) = mpsc::channel(INPUTS);
@@ -121,8 +124,9 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
     tasks.spawn("Egress watch", |drain| {
         until(drain, watch::egress(client.clone(), pod_namespace, egress_name, sender))
     });
-    tasks.spawn("collector", |drain| until(drain, collect(nat, shared)));
-    tasks.run(DRAIN).await?;
+    tasks.spawn("collector", |drain| until(drain, collect(nat, shared.clone())));
+    let timeout = Duration::from_secs(drain_timeout);
+    tasks.run_lingering(DRAIN, async || drain::drain(draining, census, shared, timeout).await).await?;
     tracing::info!("ended; packets are forwarded as long as this pod has its network");
     Ok(())
 }

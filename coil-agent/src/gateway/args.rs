@@ -46,6 +46,10 @@ pub struct Args {
     /// ICMP errors to clients and to remote hosts.
     #[command(flatten)]
     pub icmp: IcmpLimit,
+    /// Seconds after SIGTERM in which the flows that exist may end by themselves; less than the pod's
+    /// terminationGracePeriodSeconds. A second signal ends at once.
+    #[arg(long, env = "COIL_DRAIN_TIMEOUT", default_value_t = 20)]
+    pub drain_timeout: u64,
     /// Addresses of this pod, separated by commas (status.podIPs).
     #[arg(long, env = "COIL_POD_ADDRESSES")]
     pub pod_addresses: PodAddresses,
@@ -139,6 +143,7 @@ mod tests {
         assert!(args.enable_sport_auto);
         assert_eq!(args.pin_name(), "internet_nat-abc");
         assert!(parse(&["--enable-sport-auto"]).enable_sport_auto);
+        assert!(args.drain_timeout < 30, "the pod's grace unless somebody says otherwise");
         assert!(!parse(&[]).enable_sport_auto);
         assert_eq!(parse(&["--pod-uid=aa-bb"]).pin_name(), "aa-bb");
         assert_eq!(parse(&["--pod-uid=../x"]).pin_name(), "internet_nat-abc");

@@ -13,6 +13,7 @@ use prometheus::proto::MetricFamily;
 use prometheus::{IntCounterVec, IntGaugeVec};
 
 use super::INTERFACE;
+use super::census::Count;
 use super::clients::Clients;
 use super::collect::Totals;
 use crate::datapath::internal::{
@@ -29,6 +30,7 @@ struct State {
     clients: Arc<Clients>,
     totals: [Totals; 2],
     walk: Duration,
+    draining: Option<Count>,
 }
 
 impl Shared {
@@ -43,6 +45,11 @@ impl Shared {
 
     pub(crate) fn set_totals(&self, totals: [Totals; 2]) {
         self.with(|state| state.totals = totals);
+    }
+
+    /// The gateway is draining, and so many flows are alive.
+    pub(crate) fn set_draining(&self, count: Count) {
+        self.with(|state| state.draining = Some(count));
     }
 
     pub(crate) fn set_walk(&self, duration: Duration) {
@@ -86,6 +93,8 @@ struct Families {
     expired_bytes: IntCounterVec,
     overdue: IntGaugeVec,
     walk: prometheus::GaugeVec,
+    draining: IntGaugeVec,
+    draining_flows: IntGaugeVec,
 }
 
 /// Translated from clients, translated for clients, new, invalid.
@@ -179,6 +188,16 @@ impl Families {
                 &COMMON,
             ),
             walk,
+            draining: gauges(
+                "coil_egress_draining",
+                "1 while the gateway waits for its flows to end, which keeps it from ending itself.",
+                &COMMON,
+            ),
+            draining_flows: gauges(
+                "coil_egress_draining_flows",
+                "Flows that a draining gateway waits for; more than some thousands are not counted.",
+                &["namespace", "pod", "egress", "kind"],
+            ),
         }
     }
 
@@ -201,6 +220,8 @@ impl Families {
             &self.expired_bytes,
             &self.overdue,
             &self.walk,
+            &self.draining,
+            &self.draining_flows,
         ]);
         all
     }
@@ -259,8 +280,8 @@ impl Collector for GatewayCollector {
             tracing::warn!(%error, "cannot read the gateway's counters");
         }
         let Labels { namespace, egress, pod } = &self.labels;
-        let (clients, totals, walk) =
-            self.shared.with(|state| (state.clients.clone(), state.totals, state.walk));
+        let (clients, totals, walk, draining) =
+            self.shared.with(|state| (state.clients.clone(), state.totals, state.walk, state.draining));
         families.pod_count.with_label_values(&[namespace, egress]).set(gauge(clients.len()));
         for (client, addresses) in clients.iter() {
             for address in addresses {
@@ -276,6 +297,12 @@ impl Collector for GatewayCollector {
         let overdue = totals.iter().map(|totals| totals.overdue).max().unwrap_or(0);
         families.overdue.with_label_values(&common).set(i64::from(overdue));
         families.walk.with_label_values(&common).set(walk.as_secs_f64());
+        families.draining.with_label_values(&common).set(i64::from(draining.is_some()));
+        if let Some(Count { connections, others }) = draining {
+            for (kind, count) in [("tcp", connections), ("other", others)] {
+                families.draining_flows.with_label_values(&[namespace, pod, egress, kind]).set(signed(count));
+            }
+        }
         for (protocol, totals) in ["ipv4", "ipv6"].into_iter().zip(totals) {
             let labels = [namespace.as_str(), pod, egress, protocol];
             families.expired.with_label_values(&labels).inc_by(totals.expired);

@@ -5,9 +5,11 @@
 
 pub mod app;
 pub mod args;
+mod census;
 mod clients;
 pub mod collect;
 pub mod datapath;
+mod drain;
 mod metrics;
 mod nat;
 pub mod ports;

@@ -1,13 +1,14 @@
 //! Translation tables of a gateway as the collector sees them: keys of the other half, and access.
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
 
 use aya::maps::{HashMap, MapData, MapError};
 use coil_common::keys::{FlowKey4, FlowKey6};
 use coil_common::names::{MAP_NAT_FORWARD_V4, MAP_NAT_FORWARD_V6, MAP_NAT_REVERSE_V4, MAP_NAT_REVERSE_V6};
 use coil_common::values::{NatValue4, NatValue6};
 
-use crate::datapath::internal::{Cursor, Loaded, lookup_batch};
+use crate::datapath::internal::{Cursor, Loaded, lookup_batch, open_pinned};
 use crate::datapath::{LoadError, MapAccessError};
 
 /// Which table.
@@ -137,6 +138,20 @@ impl<F: NatFamily> NatMaps<F> {
         let fds = [loaded.map_fd(forward)?, loaded.map_fd(reverse)?];
         let capacity = loaded.capacity(forward).min(loaded.capacity(reverse));
         Ok(Self { maps: [loaded.map(forward)?, loaded.map(reverse)?], fds, capacity })
+    }
+
+    /// Opens the pinned tables, to read them.
+    pub(crate) fn open(folder: &Path) -> Result<Self, LoadError> {
+        let table = |map| -> Result<_, LoadError> {
+            let data = MapData::from_pin(folder.join(map));
+            let data = data.map_err(|source| LoadError::MapType { map, source })?;
+            let fd = data.fd().as_fd().try_clone_to_owned();
+            let fd = fd.map_err(|error| LoadError::MapType { map, source: error.into() })?;
+            Ok((open_pinned(folder, map)?, fd))
+        };
+        let [forward, reverse] = F::MAPS;
+        let ((forward, forward_fd), (reverse, reverse_fd)) = (table(forward)?, table(reverse)?);
+        Ok(Self { maps: [forward, reverse], fds: [forward_fd, reverse_fd], capacity: 0 })
     }
 
     /// Translations that fit.

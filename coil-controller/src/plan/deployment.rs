@@ -27,8 +27,11 @@ use super::ownership::claim;
 
 /// Ports of the pod's own connections: those that NAT does not use.
 const LOCAL_PORTS: (&str, &str) = ("net.ipv4.ip_local_port_range", "64512 65535");
+/// Seconds after the end of a drain in which the process ends and is not killed.
+const AFTER_DRAIN: i64 = 10;
 const BPFFS: &str = "/sys/fs/bpf";
 const VOLUME_BPFFS: &str = "bpffs";
+const DRAIN_TIMEOUT: &str = "COIL_DRAIN_TIMEOUT";
 const VOLUME_RUN: &str = "run";
 
 /// The Deployment as it should be.
@@ -101,6 +104,8 @@ fn fill(pod: &mut PodSpec, egress: &Egress, settings: &Settings) {
     pod.service_account = None;
     // Variables of Services could be taken for ours.
     pod.enable_service_links.get_or_insert(false);
+    let drain = i64::from(settings.drain_timeout);
+    let grace = *pod.termination_grace_period_seconds.get_or_insert(drain + AFTER_DRAIN);
     let volumes = pod.volumes.get_or_insert_default();
     if !volumes.iter().any(|v| v.name == VOLUME_RUN) {
         volumes.push(Volume {
@@ -131,6 +136,19 @@ fn fill(pod: &mut PodSpec, egress: &Egress, settings: &Settings) {
         });
     if let Some(container) = pod.containers.get_mut(position) {
         fill_container(container, egress, settings);
+        drain_timeout(container, grace);
+    }
+}
+
+/// The drain fits into what the pod is given to end; a variable that the template sets itself stays.
+fn drain_timeout(container: &mut Container, grace: i64) {
+    let env = container.env.get_or_insert_default();
+    if !env.iter().any(|variable| variable.name == DRAIN_TIMEOUT) {
+        env.push(EnvVar {
+            name: DRAIN_TIMEOUT.to_owned(),
+            value: Some((grace - AFTER_DRAIN).max(0).to_string()),
+            value_from: None,
+        });
     }
 }
 

@@ -34,6 +34,8 @@ pub struct Settings {
     pub image: String,
     /// UDP port of FOU.
     pub fou_port: u16,
+    /// Seconds that egress pods have to drain, unless their template gives them another time to end.
+    pub drain_timeout: u32,
 }
 
 /// Children as they are.

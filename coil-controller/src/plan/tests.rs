@@ -3,6 +3,8 @@
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "tests")]
 
+use std::collections::BTreeMap;
+
 use coil_api::egress::validate;
 use coil_api::{Egress, conditions, names};
 use k8s_openapi::api::apps::v1::{Deployment, DeploymentCondition, DeploymentStatus};
@@ -18,7 +20,7 @@ use super::egress::{Child, Observed, Outcome, Settings, Write, Written, plan, st
 const IMAGE: &str = "registry.example.org/coil:3";
 
 fn settings() -> Settings {
-    Settings { image: IMAGE.to_owned(), fou_port: 5555 }
+    Settings { image: IMAGE.to_owned(), fou_port: 5555, drain_timeout: 300 }
 }
 
 fn egress(extra: Value) -> Egress {
@@ -173,8 +175,10 @@ fn a59_container() {
             ("COIL_EGRESS_NAME", "egress"),
             ("COIL_POD_ADDRESSES", "status.podIPs"),
             ("COIL_POD_UID", "metadata.uid"),
+            ("COIL_DRAIN_TIMEOUT", "300"),
         ]
     );
+    assert_eq!(world.pod().termination_grace_period_seconds, Some(310));
     let mounts: Vec<_> = container.volume_mounts.iter().flatten().map(|m| m.mount_path.as_str()).collect();
     assert_eq!(mounts, ["/run", "/sys/fs/bpf"]);
     let security = container.security_context.as_ref().unwrap();
@@ -318,6 +322,21 @@ fn a61_container_of_the_user() {
     assert!(!env.contains(&("COIL_EGRESS_NAME", "forged")));
     assert!(!world.template().metadata.as_ref().unwrap().labels.as_ref().unwrap().contains_key("label1"));
     assert_eq!(world.pod().scheduler_name, None);
+}
+
+#[test]
+fn the_drain_fits_into_what_the_pod_is_given_to_end() {
+    let of = |spec: Value| {
+        let world = reconciled(json!({ "template": { "spec": spec } }));
+        let env: BTreeMap<_, _> =
+            world.container().env.iter().flatten().map(|e| (e.name.clone(), source(e).to_owned())).collect();
+        (world.pod().termination_grace_period_seconds, env["COIL_DRAIN_TIMEOUT"].clone())
+    };
+    assert_eq!(of(json!({})), (Some(310), "300".into()));
+    assert_eq!(of(json!({ "terminationGracePeriodSeconds": 3600 })), (Some(3600), "3590".into()));
+    assert_eq!(of(json!({ "terminationGracePeriodSeconds": 5 })), (Some(5), "0".into()));
+    let own = json!({ "containers": [{ "name": "egress", "env": [{ "name": "COIL_DRAIN_TIMEOUT", "value": "7" }] }] });
+    assert_eq!(of(own), (Some(310), "7".into()));
 }
 
 #[test]

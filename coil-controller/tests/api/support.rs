@@ -64,7 +64,7 @@ impl Cluster {
             None => client.clone(),
         };
         let registry = Registry::new();
-        let settings = Settings { image: "coil:test".to_owned(), fou_port: 5555 };
+        let settings = Settings { image: "coil:test".to_owned(), fou_port: 5555, drain_timeout: 300 };
         let work = coil_controller::run_controllers(
             theirs,
             settings,
