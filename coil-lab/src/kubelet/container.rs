@@ -240,9 +240,9 @@ impl Run {
             Some(message) = failures.recv() => {
                 self.tell(News::warning("Unhealthy", message.clone()));
                 let grace = self.grace();
-                (self.end(&mut child, grace).await?, message)
+                (self.end(&mut child, &environment, grace).await?, message)
             }
-            grace = stop_of(&mut self.stop) => (self.end(&mut child, grace).await?, String::new()),
+            grace = stop_of(&mut self.stop) => (self.end(&mut child, &environment, grace).await?, String::new()),
         };
         drop(probes);
         self.clear_up();
@@ -319,14 +319,19 @@ impl Run {
         tokio::process::Command::from(command).spawn().with_context(|| format!("cannot run {}", argv[0]))
     }
 
-    fn probes(&self, environment: &[(String, String)], failed: mpsc::UnboundedSender<String>) -> JoinSet<()> {
-        let place = Place {
+    /// Where probes and hooks reach the container.
+    fn place(&self, environment: &[(String, String)]) -> Place {
+        Place {
             node: self.setting.node.netns.clone(),
             pod: self.setting.netns.clone(),
             address: self.setting.addresses.first().copied(),
             ports: self.spec.ports.clone().unwrap_or_default(),
             environment: environment.to_vec(),
-        };
+        }
+    }
+
+    fn probes(&self, environment: &[(String, String)], failed: mpsc::UnboundedSender<String>) -> JoinSet<()> {
+        let place = self.place(environment);
         let mut tasks = JoinSet::new();
         let spec = self.spec.clone();
         let view = self.view.clone();
@@ -386,14 +391,34 @@ impl Run {
         Duration::from_secs(seconds.and_then(|seconds| seconds.try_into().ok()).unwrap_or(30))
     }
 
-    /// SIGTERM, then SIGKILL. A later, shorter grace cuts an earlier one.
-    async fn end(&mut self, child: &mut Child, mut grace: Duration) -> std::io::Result<ExitStatus> {
+    /// The hook, SIGTERM, then SIGKILL, all within `grace`. A later, shorter grace cuts an earlier one.
+    async fn end(
+        &mut self,
+        child: &mut Child,
+        environment: &[(String, String)],
+        mut grace: Duration,
+    ) -> std::io::Result<ExitStatus> {
+        let begun = Instant::now();
+        if let Some(hook) = self.spec.lifecycle.as_ref().and_then(|lifecycle| lifecycle.pre_stop.clone()) {
+            let place = self.place(environment);
+            tokio::select! {
+                status = child.wait() => return status,
+                outcome = tokio::time::timeout(grace, probe::hook(&hook, &place)) => {
+                    let failed = match outcome {
+                        Ok(outcome) => outcome.err().map(|error| error.to_string()),
+                        Err(_) => Some("it takes longer than the grace".to_owned()),
+                    };
+                    if let Some(error) = failed {
+                        self.tell(News::warning("FailedPreStopHook", error));
+                    }
+                }
+            }
+        }
         let Some(identity) = child.id().and_then(|pid| process::ProcessId::of(i32::try_from(pid).ok()?))
         else {
             return child.wait().await;
         };
         identity.signal(nix::sys::signal::Signal::SIGTERM);
-        let begun = Instant::now();
         loop {
             tokio::select! {
                 status = child.wait() => return status,

@@ -3,7 +3,7 @@
 //!
 //! A container runs as a plain process in the pod's network namespace if its image is [`COIL_IMAGE`] or its pod carries
 //! the annotation [`RUN_ANNOTATION`]. Any other container has no process and counts as running: there are no images
-//! here. Volumes, users, limits, lifecycle hooks and `kubectl exec` do not exist either.
+//! here. Volumes, users, limits, hooks at a start and `kubectl exec` do not exist either.
 
 mod account;
 mod container;

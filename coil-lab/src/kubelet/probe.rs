@@ -1,7 +1,7 @@
 //! Liveness, readiness and startup probes, made from the node's network namespace as a kubelet does.
 
 use crate::netns::Netns;
-use k8s_openapi::api::core::v1::{ContainerPort, Probe};
+use k8s_openapi::api::core::v1::{ContainerPort, LifecycleHandler, Probe};
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
@@ -96,6 +96,16 @@ pub(super) async fn watch(probe: Probe, place: Place, mut tell: impl FnMut(bool,
         }
         tokio::time::sleep(if eager { EAGER.min(period) } else { period }).await;
     }
+}
+
+/// Carries out a lifecycle hook.
+pub(super) async fn hook(handler: &LifecycleHandler, place: &Place) -> io::Result<()> {
+    if let Some(action) = &handler.sleep {
+        tokio::time::sleep(Duration::from_secs(u64::try_from(action.seconds).unwrap_or(0))).await;
+        return Ok(());
+    }
+    let action = Probe { exec: handler.exec.clone(), http_get: handler.http_get.clone(), ..Probe::default() };
+    once(&action, place).await
 }
 
 async fn once(probe: &Probe, place: &Place) -> io::Result<()> {

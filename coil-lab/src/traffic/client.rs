@@ -2,6 +2,7 @@
 //! should be.
 
 use super::gso::{self, GsoArgs};
+use super::load::{self, LoadArgs};
 use super::pattern::{CHUNK, Digest, Pattern};
 use super::report::{Peer, Received, Stream, Transfer, Udp};
 use super::server::{UDP_QUESTION, pause, spacious};
@@ -75,6 +76,8 @@ enum Verb {
         #[arg(long)]
         until: Option<PathBuf>,
     },
+    /// Keep many connections to the TCP echo server going and make short ones all the time
+    Load(LoadArgs),
     /// Send datagrams to the UDP echo server
     Udp {
         /// HOST:PORT of the echo server
@@ -125,6 +128,9 @@ pub async fn run(args: ClientArgs) -> anyhow::Result<()> {
         }
         _ => {}
     }
+    if let Verb::Load(args) = &verb {
+        limit = limit.max(args.limit());
+    }
     let work = async {
         match verb {
             Verb::Peer { server } => print(&peer(server).await?, true),
@@ -147,6 +153,10 @@ pub async fn run(args: ClientArgs) -> anyhow::Result<()> {
                 let stall = Duration::from_millis(stall_ms);
                 let end = End { duration: Duration::from_secs(seconds), file: until };
                 let done = echo_stream(server, end, rate, stall, progress).await?;
+                print(&done, done.ok)
+            }
+            Verb::Load(args) => {
+                let done = load::run(args).await?;
                 print(&done, done.ok)
             }
             Verb::Udp { server, count, size, interval_ms, until } => {

@@ -3,6 +3,7 @@
 
 mod client;
 mod gso;
+mod load;
 mod pattern;
 pub mod report;
 mod server;

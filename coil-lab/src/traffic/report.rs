@@ -1,6 +1,7 @@
 //! What the servers and the client print, as JSON.
 
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 
 /// Answer to `GET /peer`, and output of `client peer`.
@@ -67,6 +68,38 @@ pub struct Stream {
     pub peer: Peer,
     /// What went wrong.
     pub error: Option<String>,
+}
+
+/// Connections of one kind.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Connections {
+    /// How many came up.
+    pub opened: u64,
+    /// How many did not come up, broke or did not end in good order.
+    pub failed: u64,
+    /// Pieces that came back as sent.
+    pub exchanges: u64,
+    /// Longest time that one took, in milliseconds.
+    pub longest_ms: u64,
+    /// How many the server saw from each address.
+    pub peers: BTreeMap<IpAddr, u64>,
+    /// What went wrong, the first few.
+    pub errors: Vec<String>,
+}
+
+/// Output of `client load`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Load {
+    /// Whether no connection failed.
+    pub ok: bool,
+    /// Those that last to the end.
+    pub long: Connections,
+    /// Short ones.
+    pub short: Connections,
+    /// Short ones that were begun.
+    pub started: u64,
+    /// How long it ran.
+    pub seconds: f64,
 }
 
 /// Output of `client udp`.
