@@ -126,6 +126,16 @@ pub struct ClientKey6 {
     pub addr: [u8; 16],
 }
 
+/// A client and an index into the `egresses` map, whose family is that of the client.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Pod, Zeroable)]
+pub struct AffinityKey {
+    /// Index of the egress.
+    pub egress: u32,
+    /// IPv6 address, or an IPv4 address in the first four bytes.
+    pub client: [u8; 16],
+}
+
 shared! {
     FlowKey4 = 16,
     FlowKey6 = 40,
@@ -135,4 +145,5 @@ shared! {
     PeerKey6 = 20,
     ClientKey4 = 4,
     ClientKey6 = 16,
+    AffinityKey = 20,
 }

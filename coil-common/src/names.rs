@@ -31,6 +31,12 @@ pub const MAP_PEERS_V6: &str = "peers_v6";
 pub const MAP_FLOWS_V4: &str = "flows_v4";
 /// Egress flows of the pods of this node: `FlowKey6` to `FlowValue`.
 pub const MAP_FLOWS_V6: &str = "flows_v6";
+/// Gateways that clients keep: `AffinityKey` to `AffinityValue`.
+pub const MAP_AFFINITY: &str = "affinity";
+/// Flows that have come to pods directly: `FlowKey4` to `InboundValue`.
+pub const MAP_INBOUND_V4: &str = "inbound_v4";
+/// Flows that have come to pods directly: `FlowKey6` to `InboundValue`.
+pub const MAP_INBOUND_V6: &str = "inbound_v6";
 /// Clients of this gateway: `ClientKey4` to `ClientValue`.
 pub const MAP_CLIENTS_V4: &str = "clients_v4";
 /// Clients of this gateway: `ClientKey6` to `ClientValue`.
@@ -77,6 +83,9 @@ pub const NODE_MAPS: &[&str] = &[
     MAP_FLOWS_V4,
     MAP_FLOWS_V6,
     MAP_ICMP_STATS,
+    MAP_AFFINITY,
+    MAP_INBOUND_V4,
+    MAP_INBOUND_V6,
     MAP_DROPS,
     MAP_CONFIG,
     MAP_POD_NAMES,
@@ -102,6 +111,10 @@ pub const GATEWAY_MAPS: &[&str] = &[
     MAP_EVENT_BUDGETS,
 ];
 
+/// Clients and Egresses of one node for which a gateway is remembered; the oldest make room.
+pub const MAX_AFFINITIES: usize = 32_768;
+/// Flows of one family that have come to pods of one node directly and are remembered.
+pub const MAX_INBOUND: usize = 131_072;
 /// Pods of one node.
 pub const MAX_PODS: usize = 4096;
 /// Slots of pods that are found without a search; a power of two.

@@ -36,6 +36,8 @@ pub struct PodSlot {
 pub const NO_POLICY: u32 = 0;
 /// [`PodValue::flags`]: the pod is an egress gateway: tunnelled packets are its business.
 pub const POD_GATEWAY: u32 = 1 << 0;
+/// [`PodValue::flags`]: some egress of its set has [`EGRESS_ORIGINATING_ONLY`].
+pub const POD_ORIGINATING_ONLY: u32 = 1 << 2;
 /// [`PodValue::flags`]: source addresses are not checked (routers, virtual machines).
 pub const POD_ANY_SOURCE: u32 = 1 << 1;
 
@@ -74,6 +76,20 @@ pub const EGRESS_SOURCE_PORT_AUTO: u32 = 1 << 1;
 /// [`EgressValue::flags`]: the Egress is deleted and some pod still names it. What its policies say is
 /// dropped; they stay in the maps, since nobody else knows them once the agent is restarted.
 pub const EGRESS_DELETED: u32 = 1 << 2;
+
+/// [`EgressValue::flags`]: what answers flows that have come to the pod directly leaves directly.
+pub const EGRESS_ORIGINATING_ONLY: u32 = 1 << 3;
+/// [`EgressValue::flags`]: from this bit on, seconds for which a client keeps its gateway for new flows.
+pub const EGRESS_AFFINITY_SHIFT: u32 = 8;
+
+impl EgressValue {
+    /// Seconds without a new flow after which a client may get another gateway; 0 means at once.
+    #[inline(always)]
+    #[must_use]
+    pub const fn affinity_seconds(&self) -> u32 {
+        self.flags >> EGRESS_AFFINITY_SHIFT
+    }
+}
 
 /// Name of an Egress, so that indices survive the agent and a dump can be read; zero-padded.
 #[repr(C)]
@@ -230,6 +246,32 @@ pub struct ConfigValue {
     pub bytes: [u8; 252],
 }
 
+/// The gateway that a client's last new flow through an egress has got.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+pub struct AffinityValue {
+    /// Index into the `gateways` map.
+    pub gateway: u32,
+    /// [`GatewayValue::generation`] at that time.
+    pub generation: u32,
+    /// Seconds since boot of the last new flow.
+    pub last_used: u32,
+    /// Zero.
+    pub pad: u32,
+}
+
+/// A flow that has come to a pod directly, from a destination of one of its Egresses; key: as the pod
+/// answers.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+pub struct InboundValue {
+    /// `STATE_*` bits; the initiator is outside. First half of a double word, for the sake of atomic
+    /// updates.
+    pub state: u32,
+    /// Seconds since boot of the last packet of either direction.
+    pub last_seen: u32,
+}
+
 /// Packets and IP bytes.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
@@ -254,4 +296,6 @@ shared! {
     PodNameValue = 384,
     ConfigValue = 256,
     Counter = 16,
+    AffinityValue = 16,
+    InboundValue = 8,
 }

@@ -14,6 +14,7 @@ pub mod decide;
 pub mod family;
 pub mod flow;
 pub mod head;
+pub mod notes;
 pub mod packet;
 pub mod parse;
 pub mod tables;

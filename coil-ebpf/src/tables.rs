@@ -8,7 +8,10 @@ use coil_common::{
     values::{EgressValue, FlowValue, GatewayValue},
 };
 
-use crate::family::Family;
+use crate::{
+    family::Family,
+    notes::{Affinities, Inbounds},
+};
 
 /// Packets and bytes of one packet as on the wire, and when.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,7 +48,7 @@ pub trait Clock {
 }
 
 /// What a node knows.
-pub trait NodeTables<F: Family>: Clock {
+pub trait NodeTables<F: Family>: Clock + Affinities<F> + Inbounds<F> {
     /// An entry of the flow table.
     type Flow: Copy;
 

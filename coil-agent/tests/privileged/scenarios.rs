@@ -9,11 +9,13 @@ use aya::programs::ProgramFd;
 use coil_agent::datapath::{Loaded, Role, SkBuff, load, seconds_since_boot, test_run};
 use coil_common::config::Config;
 use coil_common::names::{
-    GATEWAY_MAPS, MAP_CONFIG, MAP_DROPS, MAP_EGRESS_NAMES, MAP_EGRESS_STATS, MAP_EGRESSES, MAP_EVENT_BUDGETS,
-    MAP_EVENTS, MAP_GATEWAY_STATS, MAP_GATEWAYS, MAP_ICMP_STATS, MAP_LISTENERS, MAP_POD_SLOTS, MAP_PODS,
-    NODE_MAPS, pod_slot,
+    GATEWAY_MAPS, MAP_AFFINITY, MAP_CONFIG, MAP_DROPS, MAP_EGRESS_NAMES, MAP_EGRESS_STATS, MAP_EGRESSES,
+    MAP_EVENT_BUDGETS, MAP_EVENTS, MAP_GATEWAY_STATS, MAP_GATEWAYS, MAP_ICMP_STATS, MAP_LISTENERS,
+    MAP_POD_SLOTS, MAP_PODS, NODE_MAPS, pod_slot,
 };
-use coil_common::values::{Counter, FlowValue, NatValue4, NatValue6, PodSlot, PodValue};
+use coil_common::values::{
+    AffinityValue, Counter, FlowValue, InboundValue, NatValue4, NatValue6, PodSlot, PodValue,
+};
 use coil_ebpf::testing::entries::{Entry, Key, Value};
 use coil_ebpf::testing::scenario::{AGAIN, IFINDEX, Outcome};
 use coil_ebpf::testing::{Action, Hook, Kernel, Scenario, scenarios};
@@ -161,7 +163,7 @@ impl Machine {
     fn entries(&self) -> Vec<Entry> {
         let mut entries = Vec::new();
         for (name, map) in &self.maps {
-            if name.starts_with("flows_") || name.starts_with("nat_") {
+            if ["flows_", "nat_", "affinity", "inbound_"].iter().any(|prefix| name.starts_with(prefix)) {
                 entries.extend(map.keys().into_iter().map(|key| {
                     let value = Value(map.get(&key).unwrap());
                     Entry { map: name, key: Key(key), value }
@@ -203,6 +205,14 @@ fn at(entry: &Entry, now: u32) -> Entry {
         map if map.starts_with("flows_") => moved!(FlowValue),
         map if map.starts_with("nat_") && map.ends_with("_v4") => moved!(NatValue4),
         map if map.starts_with("nat_") => moved!(NatValue6),
+        map if map.starts_with("inbound_") => {
+            let value: InboundValue = entry.value.read();
+            Value::of(&InboundValue { last_seen: moved(value.last_seen, now), ..value })
+        }
+        MAP_AFFINITY => {
+            let value: AffinityValue = entry.value.read();
+            Value::of(&AffinityValue { last_used: moved(value.last_used, now), ..value })
+        }
         _ => entry.value.clone(),
     };
     Entry { value, ..entry.clone() }

@@ -2,7 +2,7 @@
 
 use core::intrinsics::{AtomicOrdering::Relaxed, atomic_or, atomic_xadd};
 
-use coil_common::values::{FlowValue, NatValue4, NatValue6};
+use coil_common::values::{FlowValue, InboundValue, NatValue4, NatValue6};
 
 /// Adds to a counter.
 ///
@@ -39,4 +39,4 @@ macro_rules! assert_or {
     };
 }
 
-assert_or!(FlowValue, NatValue4, NatValue6);
+assert_or!(FlowValue, InboundValue, NatValue4, NatValue6);

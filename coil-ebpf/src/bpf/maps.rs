@@ -202,7 +202,7 @@ unsafe fn touch(last_seen: *mut u32, state: *mut u32, tally: &Tally) {
 
 /// The shared form of a key.
 #[inline(always)]
-fn shared<F: Family>(key: &F::KeyWords) -> &F::Key {
+pub(super) fn shared<F: Family>(key: &F::KeyWords) -> &F::Key {
     bytemuck::cast_ref(key)
 }
 

@@ -4,6 +4,7 @@ mod apply;
 mod atomic;
 mod events;
 mod maps;
+mod notes;
 mod refuse;
 mod skb;
 
@@ -24,7 +25,7 @@ use coil_ebpf::{
         fast::{self, Usual},
         from_pod,
         gateway::{self, Direction},
-        to_pod,
+        inbound, to_pod,
     },
     family::{V4, V6},
     head::Build,
@@ -123,12 +124,22 @@ fn to_pod(ctx: TcContext) -> i32 {
     match ethertype(&mut skb) {
         Ok(EtherType::V4) => {
             let short = if served { fast_to_pod::<V4>(&ctx, pod) } else { Outcome::MISS };
-            let outcome = or(short, || to_pod_ip::<V4>(&ctx, pod));
+            let outcome = or(short, || {
+                if inbound::notes(pod) {
+                    note_inbound::<V4>(&ctx, pod);
+                }
+                to_pod_ip::<V4>(&ctx, pod)
+            });
             finish::<V4>(&mut skb, HOOK_TO_POD, outcome)
         }
         Ok(EtherType::V6) => {
             let short = if served { fast_to_pod::<V6>(&ctx, pod) } else { Outcome::MISS };
-            let outcome = or(short, || to_pod_ip::<V6>(&ctx, pod));
+            let outcome = or(short, || {
+                if inbound::notes(pod) {
+                    note_inbound::<V6>(&ctx, pod);
+                }
+                to_pod_ip::<V6>(&ctx, pod)
+            });
             finish::<V6>(&mut skb, HOOK_TO_POD, outcome)
         }
         Ok(EtherType::Other) | Err(_) => TC_ACT_UNSPEC,
@@ -263,6 +274,16 @@ where
             account.commit(&Maps);
         }
     )
+}
+
+/// A function's result must be a number.
+#[inline(never)]
+fn note_inbound<F: Outer + Build>(ctx: &TcContext, pod: &PodValue) -> u64
+where
+    Maps: NodeTables<F>,
+{
+    inbound::note::<F, _, _>(&mut Skb::new(ctx), pod, config(), &Maps);
+    0
 }
 
 #[inline(always)]

@@ -8,18 +8,18 @@ use coil_common::{
     stats::{Direction, DropReason},
     values::{
         EGRESS_BLOCK, EGRESS_CLIENT_AFFINITY, EGRESS_DELETED, EGRESS_DIRECT, EGRESS_SOURCE_PORT_AUTO,
-        EgressValue, FlowValue, GATEWAY_GONE, MAGLEV_SLOTS, NO_POLICY, POD_ANY_SOURCE, POD_GATEWAY, PodValue,
-        STATE_FIN, STATE_REPLY_FIN, STATE_REPLY_RST, STATE_RST,
+        EgressValue, FlowValue, GATEWAY_DRAINING, GATEWAY_GONE, MAGLEV_SLOTS, NO_POLICY, POD_ANY_SOURCE,
+        POD_GATEWAY, PodValue, STATE_FIN, STATE_REPLY_FIN, STATE_REPLY_RST, STATE_RST,
     },
 };
 
-use super::wire;
+use super::{affinity, inbound, wire};
 use crate::{
     family::Family,
     flow::{Flow, Hash},
     head::{Build, Tunnel},
     packet::{ETHERNET, Packet},
-    parse::{Ip, Parse, l4, mss},
+    parse::{Ip, L4, Parse, l4, mss},
     tables::{NodeTables, Tally},
     verdict::{Decision, Rewrite, Verdict, Way, source_port},
 };
@@ -82,13 +82,16 @@ pub fn from_pod<F: Parse + Build, P: Packet, T: NodeTables<F>>(
     let flow = l4.flow(&ip);
     let now = tables.now();
     let known = tables.flow(flow.key());
-    let choice = match known.and_then(|entry| kept(entry, pod, tables)) {
+    let choice = match known.and_then(|entry| kept(entry, pod, &l4, tables)) {
         Some(choice) => choice,
         None => {
             let Some(egress) = policy(pod, &ip.dst, tables)? else {
                 return Ok(Verdict::Pass);
             };
-            choose(egress, pod, &flow, known, config, tables)?
+            if known.is_none() && inbound::answers(pod, egress, &flow, &l4, now, tables) {
+                return Ok(Verdict::Pass);
+            }
+            choose(egress, pod, &flow, &l4, known, now, config, tables)?
         }
     };
     let egress = tables.egress(choice.value.egress).ok_or(DropReason::EgressUnresolved)?;
@@ -112,7 +115,7 @@ pub fn from_pod<F: Parse + Build, P: Packet, T: NodeTables<F>>(
         }
     };
     if let (Some(entry), true) = (entry, wire::opens(&l4))
-        && choice.value.state & (STATE_FIN | STATE_RST | STATE_REPLY_FIN | STATE_REPLY_RST) != 0
+        && choice.value.state & OVER != 0
     {
         tables.restart_flow(entry);
     }
@@ -154,22 +157,36 @@ struct Choice<F: Family> {
     change: Change,
 }
 
-/// The address of the gateway that a flow uses, if it still serves.
+/// `STATE_*` bits of a connection that is over.
+const OVER: u32 = STATE_FIN | STATE_RST | STATE_REPLY_FIN | STATE_REPLY_RST;
+
+/// The address of the gateway that a flow uses, if it still serves. A new connection with the ports of one
+/// that is over is a new flow to a gateway that takes none.
 #[inline(always)]
-fn serving<F: Family, T: NodeTables<F>>(value: &FlowValue, tables: &T) -> Option<F::Addr> {
+fn serving<F: Family, T: NodeTables<F>>(value: &FlowValue, l4: &L4, tables: &T) -> Option<F::Addr> {
     let gateway = tables.gateway(value.gateway)?;
-    (gateway.generation == value.gateway_generation && gateway.state != GATEWAY_GONE)
-        .then(|| F::of_gateway(gateway))
+    if gateway.generation != value.gateway_generation || gateway.state == GATEWAY_GONE {
+        return None;
+    }
+    if gateway.state == GATEWAY_DRAINING && value.state & OVER != 0 && wire::opens(l4) {
+        return None;
+    }
+    Some(F::of_gateway(gateway))
 }
 
 /// The decision that a flow carries, if it is still good.
 #[inline(always)]
-fn kept<F: Family, T: NodeTables<F>>(entry: T::Flow, pod: &PodValue, tables: &T) -> Option<Choice<F>> {
+fn kept<F: Family, T: NodeTables<F>>(
+    entry: T::Flow,
+    pod: &PodValue,
+    l4: &L4,
+    tables: &T,
+) -> Option<Choice<F>> {
     let value = tables.flow_value(entry);
     if value.set != pod.set {
         return None;
     }
-    let gateway = serving(&value, tables)?;
+    let gateway = serving(&value, l4, tables)?;
     Some(Choice { value, gateway, change: Change::None })
 }
 
@@ -189,11 +206,14 @@ fn policy<F: Family, T: NodeTables<F>>(
 
 /// Chooses a gateway for a flow: the one that it has as long as it serves the same egress.
 #[inline(always)]
+#[expect(clippy::too_many_arguments, reason = "a struct of them would have to live on the stack")]
 fn choose<F: Family, T: NodeTables<F>>(
     index: u32,
     pod: &PodValue,
     flow: &Flow<F>,
+    l4: &L4,
     known: Option<T::Flow>,
+    now: u32,
     config: &Config,
     tables: &T,
 ) -> Result<Choice<F>, DropReason> {
@@ -205,7 +225,7 @@ fn choose<F: Family, T: NodeTables<F>>(
         if old.egress == index {
             value = FlowValue { set: pod.set, ..old };
             change = Change::Decision;
-            if let Some(gateway) = serving(&old, tables) {
+            if let Some(gateway) = serving(&old, l4, tables) {
                 return Ok(Choice { value, gateway, change });
             }
         }
@@ -214,7 +234,8 @@ fn choose<F: Family, T: NodeTables<F>>(
         let deleted = egress.flags & EGRESS_DELETED != 0;
         return Err(if deleted { DropReason::EgressUnresolved } else { DropReason::NoGateway });
     }
-    value.gateway = u32::from(slot(egress, flow, config));
+    let hashed = u32::from(slot(egress, flow, config));
+    value.gateway = affinity::gateway(index, egress, &flow.src(), hashed, now, tables);
     let gateway = tables.gateway(value.gateway).ok_or(DropReason::NoGateway)?;
     if gateway.state == GATEWAY_GONE {
         return Err(DropReason::NoGateway);

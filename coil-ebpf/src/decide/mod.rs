@@ -1,9 +1,11 @@
 //! One file per hook: headers and tables in, a verdict out.
 
+mod affinity;
 mod edit;
 pub mod fast;
 pub mod from_pod;
 pub mod gateway;
+pub mod inbound;
 pub mod nat;
 pub mod to_pod;
 mod wire;

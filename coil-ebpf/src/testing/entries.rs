@@ -76,6 +76,9 @@ impl Entry {
     /// The same without points in time, which differ from run to run.
     #[must_use]
     pub fn timeless(&self) -> Self {
+        if let Some(entry) = super::notes::timeless(self) {
+            return entry;
+        }
         let mut entry = self.clone();
         if self.map.starts_with("flows_") {
             let mut value: FlowValue = self.value.read();

@@ -14,7 +14,7 @@ use crate::{
     decide::{
         dropped,
         fast::{self, Usual},
-        from_pod, gateway, to_pod,
+        from_pod, gateway, inbound, to_pod,
     },
     family::{V4, V6},
     head::Build,
@@ -120,6 +120,11 @@ where
     }
     let mut rewrite = Rewrite::<F>::new();
     let pod = tables.pod(ifindex);
+    if let (Hook::ToPod, Some(pod)) = (hook, &pod)
+        && inbound::notes(pod)
+    {
+        inbound::note(packet, pod, config, tables);
+    }
     let refusal = match (hook, pod) {
         (Hook::FromPod | Hook::ToPod, None) => return Ok(Action::Pass),
         (Hook::FromPod, Some(pod)) => match from_pod::from_pod(packet, &pod, config, tables, &mut rewrite)? {

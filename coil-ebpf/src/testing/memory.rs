@@ -215,12 +215,20 @@ impl Tables {
         }
     }
 
-    fn live<V: bytemuck::AnyBitPattern>(&self, map: &'static str, key: &Key) -> Option<V> {
+    pub(super) fn handle<V: bytemuck::AnyBitPattern>(
+        &self,
+        map: &'static str,
+        key: Key,
+    ) -> Option<&'static (&'static str, Key)> {
+        self.live::<V>(map, &key).map(|_| &*leak((map, key)))
+    }
+
+    pub(super) fn live<V: bytemuck::AnyBitPattern>(&self, map: &'static str, key: &Key) -> Option<V> {
         self.fetch(map, key, size_of::<V>());
         self.live.borrow().get(&(map, key.clone())).map(Value::read)
     }
 
-    fn put(
+    pub(super) fn put(
         &self,
         map: &'static str,
         key: &Key,
@@ -241,7 +249,7 @@ impl Tables {
         Ok(())
     }
 
-    fn change<V: Bytes + bytemuck::AnyBitPattern>(
+    pub(super) fn change<V: Bytes + bytemuck::AnyBitPattern>(
         &self,
         (map, key): &(&'static str, Key),
         change: impl FnOnce(&mut V),
@@ -287,7 +295,7 @@ impl Tables {
 
 /// The datapath writes entries of this map.
 fn is_live(map: &str) -> bool {
-    map.starts_with("flows_") || map.starts_with("nat_")
+    ["flows_", "nat_", "affinity", "inbound_"].iter().any(|prefix| map.starts_with(prefix))
 }
 
 impl Clock for Tables {

@@ -8,6 +8,7 @@ pub mod build;
 pub mod entries;
 pub mod interpret;
 pub mod memory;
+mod notes;
 pub mod scenario;
 mod scenarios;
 

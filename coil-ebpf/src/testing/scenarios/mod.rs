@@ -3,6 +3,7 @@
 mod errors;
 mod from_pod;
 mod gateway;
+mod notes;
 mod to_pod;
 mod world;
 
@@ -18,6 +19,7 @@ pub fn scenarios() -> Vec<Scenario> {
         out.extend(to_pod::rows(&world));
         out.extend(gateway::rows(&world));
         out.extend(errors::rows(&world));
+        out.extend(notes::rows(&world));
     }
     out
 }
