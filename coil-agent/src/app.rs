@@ -22,6 +22,8 @@ use crate::cni::proto::cni_server::SERVICE_NAME;
 use crate::cni::server;
 use crate::datapath::{Datapath, DatapathError, IcmpLimit, NodeDatapath, NodeOptions, PinError};
 use crate::desired::DesiredState;
+use crate::desired::build::Picture;
+use crate::desired::prefer::Place;
 use crate::local::{adopt_pods, watch_links};
 use crate::metrics::{GrpcMetrics, StateMetrics, WatchMetrics};
 use crate::netlink::RtNetlink;
@@ -44,7 +46,7 @@ pub async fn run(args: CoildArgs) -> anyhow::Result<()> {
         health_addr,
         socket,
         node_name: node,
-        features: _,
+        features,
         datapath: datapath_args,
         log,
         legacy,
@@ -66,7 +68,11 @@ pub async fn run(args: CoildArgs) -> anyhow::Result<()> {
 
     let client = kube_client::client(NAME).await?;
     let netlink = Arc::new(RtNetlink::new()?);
-    let (state, handle, snapshots) = State::new();
+    let (state, handle, snapshots) = State::with(Picture {
+        place: Place { node: node.clone(), zone: None },
+        originating_only: features.enable_originating_only,
+        ..Picture::default()
+    });
     let mut datapath = open_datapath(&client, &node, datapath_args).await?;
     handle.send(Input::Remembered(datapath.destinations().context("cannot read the datapath")?)).await?;
     registry.register(datapath.collector()?)?;
@@ -102,6 +108,9 @@ pub async fn run(args: CoildArgs) -> anyhow::Result<()> {
     });
     tasks.spawn("namespace watch", |drain| {
         until(drain, watch::namespaces(client.clone(), handle.clone(), watch_metrics.clone()))
+    });
+    tasks.spawn("node watch", |drain| {
+        until(drain, watch::own_node(client.clone(), node.clone(), handle.clone(), watch_metrics.clone()))
     });
     tasks.spawn("events", |drain| until(drain, events::publish(client.clone(), node, snapshots.clone())));
     tasks.spawn("readiness", |drain| {

@@ -51,7 +51,8 @@ pub struct FeatureArgs {
     #[arg(long, env = "COIL_ENABLE_EGRESS", default_value_t = true, action = ArgAction::Set,
           num_args = 0..=1, require_equals = true, default_missing_value = "true")]
     pub enable_egress: bool,
-    /// Send only connections that a pod opens through Egresses, not its answers to others.
+    /// Send only connections that a pod opens through Egresses, not its answers to others; as if every
+    /// Egress had `originatingOnly`.
     #[arg(long, env = "COIL_ENABLE_ORIGINATING_ONLY", default_value_t = false, action = ArgAction::Set,
           num_args = 0..=1, require_equals = true, default_missing_value = "true")]
     pub enable_originating_only: bool,
@@ -131,22 +132,16 @@ pub enum ArgsError {
          plugin before coil"
     )]
     Ipam,
-    /// Originating-only mode comes with a later release.
-    #[error("this release has no originating-only mode yet: use --enable-originating-only=false")]
-    OriginatingOnly,
 }
 
 impl CoildArgs {
     /// Checks what the parser cannot.
     pub fn check(&self) -> Result<(), ArgsError> {
-        let FeatureArgs { enable_ipam, enable_egress, enable_originating_only } = self.features;
+        let FeatureArgs { enable_ipam, enable_egress, enable_originating_only: _ } = self.features;
         match (enable_ipam, enable_egress) {
             (false, false) => return Err(ArgsError::Nothing),
             (true, _) => return Err(ArgsError::Ipam),
             (false, true) => {}
-        }
-        if enable_originating_only {
-            return Err(ArgsError::OriginatingOnly);
         }
         if self.node_name.is_empty() {
             return Err(ArgsError::NodeName);
@@ -186,10 +181,8 @@ mod tests {
         let mut nameless = parse(&egress_only);
         nameless.node_name.clear();
         assert_eq!(nameless.check(), Err(ArgsError::NodeName));
-        assert_eq!(
-            parse(&["--enable-ipam=false", "--enable-originating-only"]).check(),
-            Err(ArgsError::OriginatingOnly)
-        );
+        let originating = parse(&["--enable-ipam=false", "--enable-originating-only"]);
+        assert_eq!((originating.check(), originating.features.enable_originating_only), (Ok(()), true));
     }
 
     #[test]

@@ -30,7 +30,7 @@ impl WatchMetrics {
         )?;
         registry.register(Box::new(errors.clone()))?;
         registry.register(Box::new(unreadable.clone()))?;
-        for kind in ["pods", "egresses", "endpointslices", "namespaces"] {
+        for kind in ["pods", "egresses", "endpointslices", "namespaces", "nodes"] {
             errors.with_label_values(&[kind]);
             unreadable.with_label_values(&[kind]);
         }

@@ -34,6 +34,8 @@ pub enum Input {
     Namespaces(Change<NamespaceView>),
     /// Interfaces of this host, and the number of the listing that found them.
     Links(Vec<Link>, u64),
+    /// The zone of this node.
+    Zone(Option<String>),
     /// Largest packet of the node's way out.
     UplinkMtu(Option<u32>),
     /// A pod's interface is known.
@@ -109,11 +111,17 @@ impl State {
     /// An empty picture and the handle to fill it.
     #[must_use]
     pub fn new() -> (Self, StateHandle, watch::Receiver<Snapshot>) {
+        Self::with(Picture::default())
+    }
+
+    /// The same with a picture that something is known of.
+    #[must_use]
+    pub fn with(picture: Picture) -> (Self, StateHandle, watch::Receiver<Snapshot>) {
         let (sender, inputs) = mpsc::channel(QUEUE);
         let (publisher, snapshots) = watch::channel(Snapshot::default());
         let listings = Arc::new(AtomicU64::new(0));
         let state = Self {
-            picture: Picture::default(),
+            picture,
             cache: PolicyCache::default(),
             inputs,
             listings: Arc::clone(&listings),
@@ -160,6 +168,7 @@ impl State {
                     picture.retired.remove(&uid);
                 }
             }
+            Input::Zone(zone) => picture.place.zone = zone,
             Input::UplinkMtu(mtu) => picture.uplink_mtu = mtu,
             Input::Adopted => picture.adopted = true,
             Input::Wired(uid, local) => self.wire(&uid, local),

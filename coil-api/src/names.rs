@@ -29,6 +29,9 @@ pub const ANNOTATION_EGRESS_PREFIX: &str = "egress.coil.cybozu.com/";
 /// Label of an EndpointSlice: name of its Service.
 pub const LABEL_SERVICE_NAME: &str = "kubernetes.io/service-name";
 
+/// Label of a Node: its zone.
+pub const LABEL_ZONE: &str = "topology.kubernetes.io/zone";
+
 /// ServiceAccount of egress pods, ClusterRole and ClusterRoleBinding for them.
 pub const EGRESS_SERVICE_ACCOUNT: &str = "coil-egress";
 /// Container of egress pods that Coil owns.

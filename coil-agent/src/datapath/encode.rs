@@ -5,12 +5,14 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::sync::Arc;
 
 use coil_common::keys::{POLICY_SET_BITS, PeerKey4, PeerKey6, PolicyKey4, PolicyKey6};
 use coil_common::values::{
-    EGRESS_BLOCK, EGRESS_CLIENT_AFFINITY, EGRESS_DELETED, EGRESS_DIRECT, EGRESS_SOURCE_PORT_AUTO,
-    EgressNameValue, EgressValue, GATEWAY_DRAINING, GATEWAY_GONE, GATEWAY_READY, GatewayValue, MAGLEV_SLOTS,
-    NO_POLICY, POD_GATEWAY, PodValue, PolicyValue,
+    EGRESS_AFFINITY_SHIFT, EGRESS_BLOCK, EGRESS_CLIENT_AFFINITY, EGRESS_DELETED, EGRESS_DIRECT,
+    EGRESS_ORIGINATING_ONLY, EGRESS_SOURCE_PORT_AUTO, EgressNameValue, EgressValue, GATEWAY_DRAINING,
+    GATEWAY_GONE, GATEWAY_READY, GatewayValue, MAGLEV_SLOTS, NO_POLICY, POD_GATEWAY, POD_ORIGINATING_ONLY,
+    PodValue, PolicyValue,
 };
 use ipnet::IpNet;
 
@@ -74,6 +76,7 @@ pub(crate) fn encode(desired: &DesiredState, old: &MapState, limits: &Limits, ne
             encoded.state.egresses.insert(id * 2 + 1, egress_v6(egress, &slots));
         }
     }
+    let mut modes = Modes::new(desired);
     let mut sets = Sets { desired, ids, slots, limits, known: known_sets(old), next: next_set };
     for (uid, pod) in &desired.pods {
         if encoded.state.pods.contains_key(&pod.ifindex) {
@@ -99,9 +102,43 @@ pub(crate) fn encode(desired: &DesiredState, old: &MapState, limits: &Limits, ne
                 }
             },
         };
-        encoded.state.pods.insert(pod.ifindex, pod_value(pod, set));
+        let mut value = pod_value(pod, set);
+        if pod.policy.as_ref().is_some_and(|policy| modes.originating_only(policy)) {
+            value.flags |= POD_ORIGINATING_ONLY;
+        }
+        encoded.state.pods.insert(pod.ifindex, value);
     }
     encoded
+}
+
+/// What Egresses say about the pods that use them.
+struct Modes<'a> {
+    /// Egresses that are for connections that pods open.
+    originating_only: BTreeSet<&'a EgressName>,
+    /// Policies that have been looked at, which pods share.
+    known: BTreeMap<*const Policy, bool>,
+}
+
+impl<'a> Modes<'a> {
+    fn new(desired: &'a DesiredState) -> Self {
+        let egresses = desired.egresses.iter().filter(|(_, egress)| egress.originating_only);
+        Self { originating_only: egresses.map(|(name, _)| name).collect(), known: BTreeMap::new() }
+    }
+
+    /// Some Egress of a policy is for connections that pods open.
+    fn originating_only(&mut self, policy: &Arc<Policy>) -> bool {
+        let Self { originating_only, known } = self;
+        if originating_only.is_empty() {
+            return false;
+        }
+        *known.entry(Arc::as_ptr(policy)).or_insert_with(|| {
+            let mut actions = policy.v4.values().chain(policy.v6.values());
+            actions.any(|action| match action {
+                PolicyAction::Egress(name) => originating_only.contains(name),
+                _ => false,
+            })
+        })
+    }
 }
 
 fn pod_value(pod: &DesiredPod, set: u32) -> PodValue {
@@ -262,7 +299,7 @@ fn assign_gateways(
                 Some(value) if known.get(&address) == Some(&index) => value.generation,
                 Some(value) => value.generation.wrapping_add(1),
             };
-            let ready = *state == GatewayState::Ready
+            let ready = matches!(state, GatewayState::Ready | GatewayState::Reserve)
                 || (slots.contains_key(&address) && encoded.state.gateways[&index].state == GATEWAY_READY);
             let state = if ready { GATEWAY_READY } else { GATEWAY_DRAINING };
             slots.insert(address, slot);
@@ -290,7 +327,11 @@ fn egress_value(
 ) -> EgressValue {
     let mut flags = 0;
     if egress.client_affinity {
-        flags |= EGRESS_CLIENT_AFFINITY;
+        let seconds = egress.affinity_seconds.min(u32::MAX >> EGRESS_AFFINITY_SHIFT);
+        flags |= EGRESS_CLIENT_AFFINITY | seconds << EGRESS_AFFINITY_SHIFT;
+    }
+    if egress.originating_only {
+        flags |= EGRESS_ORIGINATING_ONLY;
     }
     if egress.source_port_auto {
         flags |= EGRESS_SOURCE_PORT_AUTO;

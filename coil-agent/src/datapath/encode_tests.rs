@@ -253,3 +253,32 @@ fn a_deleted_egress_keeps_its_destinations_in_the_maps() {
     let unused = MapState { pods: BTreeMap::new(), ..after };
     assert!(destinations(&unused).is_empty());
 }
+
+#[test]
+fn a_reserve_keeps_its_flows_and_is_in_no_table() {
+    let mut nat = egress(&["10.9.0.1", "10.9.0.2"], &[]);
+    nat.v4.insert(Ipv4Addr::new(10, 9, 0, 2), GatewayState::Reserve);
+    let maps =
+        encode_ok(&state(vec![pod(7, Some(wide()))], vec![("nat", nat)]), &MapState::default(), &mut 5);
+    assert!(maps.gateways.values().all(|slot| slot.state == GATEWAY_READY));
+    assert_eq!((maps.egresses[&0].gateways, maps.egresses[&0].table), (1, [0; MAGLEV_SLOTS]));
+    assert_eq!(maps.peers_v4.len(), 2);
+}
+
+#[test]
+fn affinity_and_mode_are_in_the_flags() {
+    let mut nat = egress(&["10.9.0.1"], &[]);
+    (nat.client_affinity, nat.affinity_seconds, nat.originating_only) = (true, 10_800, true);
+    let other = policy(&[("8.8.8.0/24", PolicyAction::Egress(name("other")))]);
+    let desired = state(
+        vec![pod(7, Some(wide())), pod(8, Some(other)), pod(9, None)],
+        vec![("nat", nat), ("other", egress(&["10.9.0.3"], &[]))],
+    );
+    let maps = encode_ok(&desired, &MapState::default(), &mut 5);
+    assert_eq!(maps.egresses[&0].affinity_seconds(), 10_800);
+    assert_eq!(maps.egresses[&0].flags & 0xff, EGRESS_CLIENT_AFFINITY | EGRESS_ORIGINATING_ONLY);
+    assert_eq!(maps.egresses[&2].flags, 0);
+    // Only pods that the mode is about pay for it.
+    let flags: Vec<_> = maps.pods.values().map(|pod| pod.flags).collect();
+    assert_eq!(flags, [POD_ORIGINATING_ONLY, 0, 0]);
+}

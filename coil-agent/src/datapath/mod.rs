@@ -7,6 +7,7 @@
 mod attach;
 mod encode;
 mod icmp;
+mod inbound;
 mod layout;
 mod loader;
 mod maglev;
@@ -57,6 +58,7 @@ use ipnet::IpNet;
 use nix::time::{ClockId, clock_gettime};
 
 use self::attach::{Attachable, Hook, PodPrograms, link_alive};
+use self::inbound::InboundSweeper;
 use self::maps::NodeMaps;
 use self::pins::{IfUnmounted, PinFolder};
 use self::pod_names::PodNames;
@@ -225,6 +227,7 @@ pub struct NodeDatapath {
     writer: Writer<NodeMaps, PodPrograms>,
     names: PodNames,
     sweeper: FlowSweeper,
+    inbound: InboundSweeper,
     flows: FlowCounts,
     fill: MapFill,
     flow_capacity: [usize; 2],
@@ -268,11 +271,16 @@ impl NodeDatapath {
         let sweeper = FlowSweeper::new(&mut loaded, flows.clone())?;
         let capacities: Vec<_> = names::NODE_MAPS
             .iter()
-            .filter(|map| Role::Node.written().contains(map) && **map != names::MAP_EGRESSES)
+            .filter(|map| {
+                let written = Role::Node.written().contains(map) && **map != names::MAP_EGRESSES;
+                written || SWEPT.contains(map)
+            })
             .map(|map| (*map, loaded.capacity(map)))
             .collect();
         let flow_capacity = [loaded.capacity(names::MAP_FLOWS_V4), loaded.capacity(names::MAP_FLOWS_V6)];
         let names = PodNames::new(&mut loaded)?;
+        let fill = MapFill::new(&capacities);
+        let inbound = InboundSweeper::new(&mut loaded, fill.clone())?;
         let mut maps = NodeMaps::new(&mut loaded)?;
         maps.fill_slots()?;
         let limits = maps.limits();
@@ -285,8 +293,9 @@ impl NodeDatapath {
             writer: Writer::new(maps, programs, limits, first_set),
             names,
             sweeper,
+            inbound,
             flows,
-            fill: MapFill::new(&capacities),
+            fill,
             flow_capacity,
             loaded,
             _lock: lock,
@@ -316,6 +325,9 @@ impl NodeDatapath {
     }
 }
 
+/// Maps whose entries are counted when they are swept.
+const SWEPT: &[&str] = &[names::MAP_INBOUND_V4, names::MAP_INBOUND_V6];
+
 impl Datapath for NodeDatapath {
     fn apply(&mut self, state: &DesiredState) -> Result<ApplyReport, DatapathError> {
         let report = self.writer.apply::<DatapathError>(state)?;
@@ -339,7 +351,11 @@ impl Datapath for NodeDatapath {
     }
 
     fn sweep(&mut self, now: u32, budget: usize) -> Result<SweepReport, DatapathError> {
-        Ok(self.sweeper.sweep(now, budget)?)
+        let report = self.sweeper.sweep(now, budget)?;
+        if report.finished {
+            self.inbound.sweep(now)?;
+        }
+        Ok(report)
     }
 
     fn gc_gateways(&mut self, live: &BTreeSet<PodUid>) -> Result<(), DatapathError> {

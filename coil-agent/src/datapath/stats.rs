@@ -151,6 +151,13 @@ impl MapFill {
         Self(Arc::new(capacities.iter().map(entry).collect()))
     }
 
+    /// Takes over how many entries one of them has.
+    pub(crate) fn set_one(&self, map: &'static str, count: usize) {
+        for (_, entries, _) in self.0.iter().filter(|(name, ..)| *name == map) {
+            entries.store(count, Ordering::Relaxed);
+        }
+    }
+
     /// Takes over what the maps hold.
     pub(crate) fn set(&self, maps: &MapState) {
         for (name, entries, _) in self.0.iter() {

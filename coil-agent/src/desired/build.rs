@@ -10,6 +10,7 @@ use coil_api::clients::{EgressRef, client_reason, named_egresses};
 use ipnet::IpNet;
 
 use super::policy::{PolicyCache, Rule, block_everything, conflicts};
+use super::prefer::{Place, prefer};
 use super::{
     DesiredEgress, DesiredPod, DesiredState, EgressName, PodUid, Policy, PolicyAction, named_folder,
 };
@@ -130,6 +131,10 @@ pub struct Picture {
     pub uplink_mtu: Option<u32>,
     /// Pods without a known interface have been looked for once.
     pub adopted: bool,
+    /// Where this node is.
+    pub place: Place,
+    /// All Egresses are for connections that pods open, whatever they say themselves.
+    pub originating_only: bool,
 }
 
 impl Picture {
@@ -301,10 +306,13 @@ impl Picture {
             };
             let mut egress = DesiredEgress {
                 client_affinity: view.client_affinity,
+                affinity_seconds: view.affinity_seconds,
+                originating_only: self.originating_only || view.originating_only,
                 source_port_auto: view.source_port_auto,
                 ..DesiredEgress::default()
             };
-            for (address, state) in self.index.slices.gateways(&name) {
+            let gateways = self.index.slices.gateways(&name);
+            for (address, state) in prefer(view.preference, &self.place, gateways) {
                 match address {
                     IpAddr::V4(address) => drop(egress.v4.insert(address, state)),
                     IpAddr::V6(address) => drop(egress.v6.insert(address, state)),

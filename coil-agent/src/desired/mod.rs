@@ -3,6 +3,7 @@
 
 pub mod build;
 pub mod policy;
+pub mod prefer;
 
 use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, Ipv6Addr};
@@ -91,6 +92,10 @@ pub enum PolicyAction {
 pub struct DesiredEgress {
     /// All flows of a client go to one gateway.
     pub client_affinity: bool,
+    /// Seconds after its last new flow for which such a client keeps its gateway.
+    pub affinity_seconds: u32,
+    /// What answers flows that have come to a client directly leaves directly.
+    pub originating_only: bool,
     /// The outer source port follows the flow.
     pub source_port_auto: bool,
     /// It is deleted: it has no gateways, and what is on its way to it is dropped.
@@ -106,6 +111,8 @@ pub struct DesiredEgress {
 pub enum GatewayState {
     /// Takes new flows.
     Ready,
+    /// Takes new flows of other nodes: others are preferred here.
+    Reserve,
     /// Not ready or terminating, still serving: keeps the flows it has.
     Draining,
 }

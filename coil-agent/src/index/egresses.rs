@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use coil_api::egress::{EgressClient, SessionAffinity};
+use coil_api::egress::{EgressClient, GatewayPreference, SessionAffinity};
 use coil_api::{Egress, parse_destination};
 use ipnet::IpNet;
 use kube::ResourceExt;
@@ -24,6 +24,12 @@ pub struct EgressView {
     pub clients: Vec<EgressClient>,
     /// All flows of a client go to one gateway.
     pub client_affinity: bool,
+    /// Seconds for which such a client keeps its gateway for new flows.
+    pub affinity_seconds: u32,
+    /// Gateways that are preferred for new flows.
+    pub preference: GatewayPreference,
+    /// Only for connections that its clients open.
+    pub originating_only: bool,
     /// The outer source port follows the flow.
     pub source_port_auto: bool,
     /// Nothing but its name could be read.
@@ -59,6 +65,9 @@ impl EgressView {
             excluded: Arc::new(excluded),
             clients: spec.clients.clone(),
             client_affinity: spec.session_affinity == SessionAffinity::ClientIP,
+            affinity_seconds: spec.affinity_seconds(),
+            preference: spec.gateway_preference,
+            originating_only: spec.originating_only,
             source_port_auto: spec.fou_source_port_auto,
             unreadable: false,
             problems,

@@ -11,7 +11,7 @@ mod slices;
 pub use egresses::{EgressView, Egresses, Found};
 pub use namespaces::{NamespaceView, Namespaces};
 pub use pods::{PodView, Pods};
-pub use slices::{SliceView, Slices};
+pub use slices::{GatewayView, SliceView, Slices};
 
 /// Namespace and name of an object; the namespace is empty for kinds that have none.
 #[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]

@@ -17,8 +17,19 @@ pub struct SliceView {
     pub key: ObjectKey,
     /// The Egress that it is about.
     pub egress: EgressName,
-    /// Addresses and whether they take new flows.
-    pub gateways: BTreeMap<IpAddr, GatewayState>,
+    /// Addresses, whether they take new flows, and where they are.
+    pub gateways: BTreeMap<IpAddr, GatewayView>,
+}
+
+/// What matters of an endpoint.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct GatewayView {
+    /// Whether it takes new flows.
+    pub state: GatewayState,
+    /// Its node.
+    pub node: Option<String>,
+    /// Its zone.
+    pub zone: Option<String>,
 }
 
 impl SliceView {
@@ -29,10 +40,14 @@ impl SliceView {
         let name = slice.labels().get(names::LABEL_APP_INSTANCE)?;
         let mut gateways = BTreeMap::new();
         for endpoint in &slice.endpoints {
-            let state = state(endpoint);
+            let view = GatewayView {
+                state: state(endpoint),
+                node: endpoint.node_name.clone(),
+                zone: endpoint.zone.clone(),
+            };
             // An address type of host names has none that parses.
             for address in endpoint.addresses.iter().filter_map(|text| text.parse().ok()) {
-                better(&mut gateways, address, state);
+                better(&mut gateways, address, &view);
             }
         }
         Some(Self {
@@ -40,6 +55,14 @@ impl SliceView {
             key: ObjectKey::new(namespace, slice.name_any()),
             gateways,
         })
+    }
+}
+
+impl GatewayView {
+    /// One of which nothing else is known.
+    #[must_use]
+    pub fn new(state: GatewayState) -> Self {
+        Self { state, node: None, zone: None }
     }
 }
 
@@ -55,10 +78,10 @@ fn state(endpoint: &Endpoint) -> GatewayState {
 }
 
 /// While an address moves between slices it is in two of them.
-fn better(gateways: &mut BTreeMap<IpAddr, GatewayState>, address: IpAddr, state: GatewayState) {
-    let entry = gateways.entry(address).or_insert(state);
-    if state == GatewayState::Ready {
-        *entry = state;
+fn better(gateways: &mut BTreeMap<IpAddr, GatewayView>, address: IpAddr, view: &GatewayView) {
+    let entry = gateways.entry(address).or_insert_with(|| view.clone());
+    if view.state == GatewayState::Ready {
+        *entry = view.clone();
     }
 }
 
@@ -94,11 +117,11 @@ impl Slices {
 
     /// Gateways of an Egress.
     #[must_use]
-    pub fn gateways(&self, egress: &EgressName) -> BTreeMap<IpAddr, GatewayState> {
+    pub fn gateways(&self, egress: &EgressName) -> BTreeMap<IpAddr, GatewayView> {
         let mut gateways = BTreeMap::new();
         for key in self.by_egress.get(egress).into_iter().flatten() {
-            for (address, state) in self.slices.get(key).iter().flat_map(|s| &s.gateways) {
-                better(&mut gateways, *address, *state);
+            for (address, view) in self.slices.get(key).iter().flat_map(|s| &s.gateways) {
+                better(&mut gateways, *address, view);
             }
         }
         gateways
@@ -153,7 +176,7 @@ mod tests {
         let view = slice(
             "a-1",
             serde_json::json!([
-                {"addresses": ["10.0.0.1"]},
+                {"addresses": ["10.0.0.1"], "nodeName": "n1", "zone": "z"},
                 {"addresses": ["10.0.0.2"], "conditions": {"ready": false}},
                 {"addresses": ["10.0.0.3"], "conditions":
                     {"ready": false, "serving": true, "terminating": true}},
@@ -162,7 +185,10 @@ mod tests {
                 {"addresses": ["no.address"], "conditions": {"ready": true}},
             ]),
         );
-        let states: Vec<_> = view.gateways.iter().map(|(a, s)| (a.to_string(), *s)).collect();
+        let states: Vec<_> = view.gateways.iter().map(|(a, g)| (a.to_string(), g.state)).collect();
+        let places: Vec<_> =
+            view.gateways.values().map(|g| (g.node.as_deref(), g.zone.as_deref())).take(2).collect();
+        assert_eq!(places, [(Some("n1"), Some("z")), (None, None)]);
         assert_eq!(
             states,
             [
@@ -186,9 +212,12 @@ mod tests {
         });
         let gateways = slices.gateways(&name("a"));
         assert_eq!(gateways.len(), 2);
-        assert!(gateways.values().all(|state| *state == GatewayState::Ready));
+        assert!(gateways.values().all(|gateway| gateway.state == GatewayState::Ready));
         slices.change(Change::Delete(ObjectKey::new("internet", "a-2")));
-        assert_eq!(slices.gateways(&name("a")).into_values().collect::<Vec<_>>(), [GatewayState::Draining]);
+        assert_eq!(
+            slices.gateways(&name("a")).into_values().map(|gateway| gateway.state).collect::<Vec<_>>(),
+            [GatewayState::Draining]
+        );
         slices.change(Change::Reset { objects: vec![], unreadable: vec![] });
         assert!(slices.gateways(&name("a")).is_empty());
         assert!(slices.by_egress.is_empty());

@@ -8,7 +8,7 @@ use std::fmt;
 use coil_api::{Egress, names};
 use coil_runtime::patience::patient;
 use futures::StreamExt;
-use k8s_openapi::api::core::v1::{Namespace, Pod};
+use k8s_openapi::api::core::v1::{Namespace, Node, Pod};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use kube::api::{ApiResource, DynamicObject, PartialObjectMeta};
 use kube::runtime::watcher::{self, Config, Event};
@@ -91,6 +91,31 @@ pub async fn slices(client: Client, state: StateHandle, metrics: WatchMetrics) -
     ));
     let api = Api::all_with(client, &ApiResource::erase::<EndpointSlice>(&()));
     follow(api, config, kind, state, metrics).await
+}
+
+/// Watches the zone of a node.
+pub async fn own_node(
+    client: Client,
+    node: String,
+    state: StateHandle,
+    metrics: WatchMetrics,
+) -> Result<(), Closed> {
+    let kind = Kind {
+        name: "nodes",
+        read: |object: PartialObjectMeta<Node>| {
+            Ok(Read::View(object.labels().get(names::LABEL_ZONE).filter(|zone| !zone.is_empty()).cloned()))
+        },
+        unreadable: |_, _| None,
+        input: |change| {
+            Input::Zone(match change {
+                Change::Apply(zone) => zone,
+                Change::Delete(_) => None,
+                Change::Reset { objects, .. } => objects.into_iter().flatten().next(),
+            })
+        },
+    };
+    let config = Config::default().fields(&format!("metadata.name={node}"));
+    follow(Api::all(client), config, kind, state, metrics).await
 }
 
 /// Watches the labels of all namespaces.

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use coil_agent::cni::pod::{Call, PodApi, Pods};
 use coil_agent::datapath::NodeDatapath;
 use coil_agent::desired::GatewayState;
-use coil_agent::index::{Change, EgressView, ObjectKey, PodView, SliceView};
+use coil_agent::index::{Change, EgressView, GatewayView, ObjectKey, PodView, SliceView};
 use coil_agent::local::{adopt_pods, watch_links};
 use coil_agent::metrics::StateMetrics;
 use coil_agent::netlink::{Netlink, RtNetlink};
@@ -135,7 +135,7 @@ impl Agent {
         let slice = SliceView {
             key: egress(&[]).key,
             egress: egress_name(),
-            gateways: [(surroundings.gateway, GatewayState::Ready)].into(),
+            gateways: [(surroundings.gateway, GatewayView::new(GatewayState::Ready))].into(),
         };
         handle.send(Input::Slices(reset(vec![slice]))).await.unwrap();
         handle.send(Input::Namespaces(reset(vec![]))).await.unwrap();

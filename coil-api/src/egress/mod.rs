@@ -26,6 +26,9 @@ pub const MAX_DESTINATIONS: usize = 4096;
 /// Most entries of `spec.clients`.
 pub const MAX_CLIENTS: usize = 256;
 
+/// Timeout of an affinity unless somebody says otherwise, in seconds, as that of a Service.
+pub const DEFAULT_AFFINITY_SECONDS: u32 = 10_800;
+
 /// What an Egress should be.
 #[derive(CustomResource, KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq)]
 #[kube(
@@ -120,6 +123,17 @@ pub struct EgressSpec {
     #[schemars(schema_with = "schema::session_affinity_config")]
     pub session_affinity_config: Option<SessionAffinityConfig>,
 
+    /// Which ready egress pods take the new flows of a client pod: those on its node, those in its zone, or
+    /// all. Where none is preferred, all do.
+    #[serde(default)]
+    #[schemars(schema_with = "schema::gateway_preference")]
+    pub gateway_preference: GatewayPreference,
+
+    /// Whether only connections that a client pod opens leave through the egress pods, not what answers
+    /// those that others have opened to it.
+    #[serde(default)]
+    pub originating_only: bool,
+
     /// Whether the UDP source port of encapsulated packets follows the inner flow, so that the network
     /// can spread flows over paths and receive queues.
     #[serde(default)]
@@ -163,6 +177,18 @@ impl SessionAffinity {
             Self::None => "None",
         }
     }
+}
+
+/// Egress pods that are preferred for new flows.
+#[derive(Serialize, Deserialize, Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum GatewayPreference {
+    /// All alike.
+    #[default]
+    None,
+    /// Those in the zone of the client pod's node.
+    Zone,
+    /// Those on the client pod's node; where there is none, those in its zone.
+    Node,
 }
 
 /// Changes to the egress pods.
@@ -248,6 +274,8 @@ impl Default for EgressSpec {
             template: None,
             session_affinity: SessionAffinity::default(),
             session_affinity_config: None,
+            gateway_preference: GatewayPreference::default(),
+            originating_only: false,
             fou_source_port_auto: false,
             pod_disruption_budget: None,
         }
@@ -255,6 +283,15 @@ impl Default for EgressSpec {
 }
 
 impl EgressSpec {
+    /// Seconds for which a client keeps its egress pod for new flows after its last one, where
+    /// `sessionAffinity` is `ClientIP`; what a Service has unless somebody says otherwise.
+    #[must_use]
+    pub fn affinity_seconds(&self) -> u32 {
+        let config = self.session_affinity_config.as_ref().and_then(|config| config.client_ip.as_ref());
+        let seconds = config.and_then(|client| client.timeout_seconds);
+        seconds.and_then(|seconds| seconds.try_into().ok()).unwrap_or(DEFAULT_AFFINITY_SECONDS)
+    }
+
     /// Parses the destinations.
     ///
     /// # Errors

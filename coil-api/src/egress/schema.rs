@@ -123,6 +123,15 @@ pub(super) fn session_affinity(_: &mut SchemaGenerator) -> Schema {
     })
 }
 
+pub(super) fn gateway_preference(_: &mut SchemaGenerator) -> Schema {
+    json_schema!({
+        "description": "Which ready egress pods take the new flows of a client pod: those on its Node (or, where there is none, in its zone), those in the Zone of its node, or all (None). Where no preferred one is ready, all do.",
+        "type": "string",
+        "enum": ["None", "Zone", "Node"],
+        "default": "None",
+    })
+}
+
 pub(super) fn session_affinity_config(_: &mut SchemaGenerator) -> Schema {
     json_schema!({
         "description": "Details of the affinity; see Service.",

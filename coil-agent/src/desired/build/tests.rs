@@ -1,11 +1,12 @@
 #![allow(clippy::unwrap_used, clippy::panic, reason = "tests")]
 
+use coil_api::egress::GatewayPreference;
 use ipnet::Ipv4Net;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector;
 
 use super::*;
 use crate::index::testing::{egress, name, pod};
-use crate::index::{Change, NamespaceView, SliceView};
+use crate::index::{Change, GatewayView, NamespaceView, SliceView};
 use crate::local::LocalPod;
 
 fn reset<T>(objects: Vec<T>) -> Change<T> {
@@ -88,7 +89,8 @@ fn a_client_gets_policy_and_gateways() {
     picture.index.slices.change(Change::Apply(SliceView {
         key: ObjectKey::new("internet", "x-1"),
         egress: name("x"),
-        gateways: [("10.64.9.9".parse().unwrap(), super::super::GatewayState::Ready)].into(),
+        gateways: [("10.64.9.9".parse().unwrap(), GatewayView::new(super::super::GatewayState::Ready))]
+            .into(),
     }));
     let done = outcome(&mut picture);
     let client = &done.desired.pods["1"];
@@ -155,7 +157,8 @@ fn a_deleted_egress_has_no_gateways_whatever_still_runs() {
     picture.index.slices.change(Change::Apply(SliceView {
         key: ObjectKey::new("internet", "x-1"),
         egress: name("x"),
-        gateways: [("10.64.9.9".parse().unwrap(), super::super::GatewayState::Ready)].into(),
+        gateways: [("10.64.9.9".parse().unwrap(), GatewayView::new(super::super::GatewayState::Ready))]
+            .into(),
     }));
     assert_eq!(outcome(&mut picture).desired.egresses[&name("x")].v4.len(), 1);
     picture.index.egresses.change(Change::Delete(egress("x", &[]).key));
@@ -275,4 +278,42 @@ fn pods_with_equal_wishes_share_a_policy() {
     let done = outcome(&mut picture);
     let policy = |uid: &str| done.desired.pods[uid].policy.clone().unwrap();
     assert!(Arc::ptr_eq(&policy("1"), &policy("2")));
+}
+
+#[test]
+fn what_an_egress_says_about_gateways_reaches_the_datapath() {
+    use crate::desired::GatewayState::{Ready, Reserve};
+    let near = GatewayView { node: Some("here".into()), ..GatewayView::new(Ready) };
+    let far = GatewayView { node: Some("there".into()), ..GatewayView::new(Ready) };
+    let view = EgressView {
+        preference: GatewayPreference::Node,
+        affinity_seconds: 77,
+        originating_only: true,
+        ..egress("x", &["8.0.0.0/8"])
+    };
+    let plain = egress("y", &["9.0.0.0/8"]);
+    let mut picture = picture(vec![annotated("a", "1", "x,y")], vec![view, plain]);
+    picture.place.node = "here".into();
+    for name_of in ["x", "y"] {
+        picture.index.slices.change(Change::Apply(SliceView {
+            key: ObjectKey::new("internet", format!("{name_of}-1")),
+            egress: name(name_of),
+            gateways: [
+                ("10.64.9.1".parse().unwrap(), near.clone()),
+                ("10.64.9.2".parse().unwrap(), far.clone()),
+            ]
+            .into(),
+        }));
+    }
+    let desired = outcome(&mut picture).desired;
+    let of = |desired: &DesiredState, egress: &str| {
+        let egress = &desired.egresses[&name(egress)];
+        let states: Vec<_> = egress.v4.values().copied().collect();
+        (states, egress.originating_only, egress.affinity_seconds)
+    };
+    assert_eq!(of(&desired, "x"), (vec![Ready, Reserve], true, 77));
+    assert_eq!(of(&desired, "y"), (vec![Ready, Ready], false, 0));
+    // The node's mode is that of all its Egresses.
+    picture.originating_only = true;
+    assert!(of(&outcome(&mut picture).desired, "y").1);
 }

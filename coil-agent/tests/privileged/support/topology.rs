@@ -209,6 +209,7 @@ impl Topology {
             deleted: false,
             v4: BTreeMap::from([(self.gateway.ipv4, GatewayState::Ready)]),
             v6: BTreeMap::from([(self.gateway.ipv6, GatewayState::Ready)]),
+            ..DesiredEgress::default()
         };
         DesiredState { pods, egresses: BTreeMap::from([(egress_name(), egress)]), complete: true }
     }
