@@ -5,7 +5,9 @@
 //! programs: `cargo xtask test` runs them.
 
 mod bad_input;
+mod choice;
 mod closed_doors;
+mod gateways;
 mod offloads;
 mod path_mtu;
 mod policy;
@@ -35,6 +37,8 @@ fn main() -> ExitCode {
         offloads::scenarios(),
         udp_gso::scenarios(),
         tools::scenarios(),
+        choice::scenarios(),
+        gateways::scenarios(),
         // Last: these kill what the others use.
         restart::scenarios(),
     ]

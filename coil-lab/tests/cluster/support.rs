@@ -125,11 +125,18 @@ pub async fn annotate(lab: &Lab, client: (&str, &str), annotation: &str) -> Resu
         .map(drop)
 }
 
-/// Deletes namespaces with all that is in them.
+/// Deletes namespaces with all that is in them. Gateways get no time to drain.
 pub async fn remove(lab: &Lab, namespaces: &[&str]) -> Result<()> {
-    let arguments: Vec<_> =
-        ["delete", "namespace", "--wait=true"].iter().chain(namespaces).copied().collect();
-    kubectl(lab, &arguments, "").await.map(drop)
+    let with = |arguments: &[&'static str]| -> Vec<&str> {
+        arguments.iter().copied().chain(namespaces.iter().copied()).collect()
+    };
+    kubectl(lab, &with(&["delete", "namespace", "--wait=false"]), "").await?;
+    for namespace in namespaces {
+        let pods = ["--namespace", namespace, "delete", "pod", "--all", "--grace-period=1", "--wait=false"];
+        kubectl(lab, &pods, "").await?;
+    }
+    // Succeeds for those that are gone already.
+    kubectl(lab, &with(&["delete", "namespace", "--ignore-not-found", "--wait=true"]), "").await.map(drop)
 }
 
 /// What is up, printed when a scenario fails.
