@@ -11,6 +11,7 @@ pub mod memory;
 mod notes;
 pub mod scenario;
 mod scenarios;
+pub mod spoil;
 
 pub use scenario::{Action, Expect, Hook, Kernel, Scenario};
 pub use scenarios::scenarios;

@@ -116,6 +116,12 @@ impl Outcome {
 }
 
 impl Outcome {
+    /// What happened to the packet.
+    #[must_use]
+    pub fn action(&self) -> Action {
+        self.action
+    }
+
     /// The packet and what happened to it are the same.
     #[must_use]
     pub fn same_packet(&self, other: &Self) -> bool {
@@ -157,6 +163,17 @@ impl Scenario {
         }
         let (action, bytes) = interpret::run(self.hook, IFINDEX, &self.packet, &self.config, &tables);
         self.compare(action, &bytes, &tables.counters(), &tables.entries())
+    }
+
+    /// What comes of it in the library, whatever is expected, and the packet as it is then.
+    #[must_use]
+    pub fn found(&self) -> (Outcome, Vec<u8>) {
+        let mut tables = Tables::new(&self.entries, 1000);
+        if let Some((map, entries)) = self.limit {
+            tables.limit(map, entries);
+        }
+        let (action, bytes) = interpret::run(self.hook, IFINDEX, &self.packet, &self.config, &tables);
+        (Outcome::new(action, &bytes, tables.counters(), &tables.entries()), bytes)
     }
 
     /// Sends the packet a few times, once with the short way open and once closed, and says what

@@ -1,0 +1,67 @@
+//! Every packet of the scenario table, cut at each byte and with each byte of its headers changed, through
+//! the library: no hook panics, and none lets out what it must not.
+
+use std::collections::BTreeMap;
+
+use coil_ebpf::testing::{Action, Hook, Scenario, scenarios, spoil};
+
+/// Where an Ethernet frame ends by what its IP header says, if there is one.
+fn end(frame: &[u8]) -> Option<usize> {
+    let number = |at: usize| Some(usize::from(u16::from_be_bytes([*frame.get(at)?, *frame.get(at + 1)?])));
+    match frame.get(12..14)? {
+        [8, 0] => Some(14 + number(16)?),
+        [0x86, 0xdd] => Some(54 + number(18)?),
+        _ => None,
+    }
+}
+
+/// What must hold whatever is wrong with a packet.
+fn check(variant: &Scenario) -> Action {
+    let (found, after) = variant.found();
+    let before = &variant.packet.bytes;
+    let action = found.action();
+    assert!(action != Action::Drop || after == *before, "{}: dropped, but changed", variant.name);
+    if variant.hook == Hook::Gateway && action == Action::Back {
+        let own = if after[12] == 8 {
+            after[26..30] == variant.config.ipv4
+        } else {
+            after[22..38] == variant.config.ipv6
+        };
+        assert!(own, "{}: leaves with another address: {after:02x?}", variant.name);
+    }
+    action
+}
+
+#[test]
+fn packets_cut_at_each_byte_go_nowhere() {
+    let mut fates = BTreeMap::new();
+    for scenario in scenarios() {
+        for variant in spoil::cut(&scenario) {
+            let action = check(&variant);
+            let before = &variant.packet.bytes;
+            // Ethernet pads, so a frame may be longer than its packet; one that is shorter is no packet,
+            // and nothing is made of it: it is dropped, or left to a stack that will do so.
+            if end(before).is_none_or(|end| before.len() < end) {
+                let (_, after) = variant.found();
+                assert!(action != Action::Back && after == *before, "{}: {action:?}", variant.name);
+            }
+            *fates.entry((variant.hook.program(), format!("{action:?}"))).or_insert(0) += 1;
+        }
+    }
+    println!("{fates:?}");
+    let programs: std::collections::BTreeSet<_> = fates.keys().map(|(program, _)| *program).collect();
+    assert_eq!(programs.len(), 3, "{fates:?}");
+}
+
+#[test]
+fn packets_with_a_wrong_byte_do_no_harm() {
+    let mut fates = BTreeMap::new();
+    for scenario in scenarios() {
+        for variant in spoil::bent(&scenario) {
+            let action = check(&variant);
+            *fates.entry((variant.hook.program(), format!("{action:?}"))).or_insert(0) += 1;
+        }
+    }
+    println!("{fates:?}");
+    assert!(fates.values().sum::<u32>() > 50_000, "{fates:?}");
+}
