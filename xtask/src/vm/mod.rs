@@ -151,7 +151,8 @@ impl VmTest {
         }
         script.push_str("exit $result\n");
         let mut command = runner();
-        command.args(["run", "-t", &self.timeout.to_string(), "-s"]).arg(target_dir());
+        // One processor: an emulated kernel that patches its code while another runs it has been seen to crash.
+        command.args(["run", "-c", "1", "-t", &self.timeout.to_string(), "-s"]).arg(target_dir());
         if self.console {
             command.arg("-v");
         }
