@@ -54,6 +54,10 @@ pub const MAP_GATEWAY_STATS: &str = "gateway_stats";
 /// Per-CPU array of `Counter`, index: `DropReason`.
 pub const MAP_DROPS: &str = "drops";
 
+/// Datagrams of which fragments go by, LRU: `FlowKey4` to `FragmentValue`.
+pub const MAP_FRAGMENTS_V4: &str = "fragments_v4";
+/// Datagrams of which fragments go by, LRU: `FlowKey6` to `FragmentValue`.
+pub const MAP_FRAGMENTS_V6: &str = "fragments_v6";
 /// Per-CPU array of `Counter`, index: `IcmpStat`.
 pub const MAP_ICMP_STATS: &str = "icmp_stats";
 /// Copy of the configuration that the programs were last loaded with, for tools: array of one
@@ -82,6 +86,8 @@ pub const NODE_MAPS: &[&str] = &[
     MAP_PEERS_V6,
     MAP_FLOWS_V4,
     MAP_FLOWS_V6,
+    MAP_FRAGMENTS_V4,
+    MAP_FRAGMENTS_V6,
     MAP_ICMP_STATS,
     MAP_AFFINITY,
     MAP_INBOUND_V4,
@@ -103,6 +109,8 @@ pub const GATEWAY_MAPS: &[&str] = &[
     MAP_NAT_REVERSE_V4,
     MAP_NAT_REVERSE_V6,
     MAP_GATEWAY_STATS,
+    MAP_FRAGMENTS_V4,
+    MAP_FRAGMENTS_V6,
     MAP_ICMP_STATS,
     MAP_DROPS,
     MAP_CONFIG,
@@ -141,6 +149,9 @@ pub const MAX_FLOWS: usize = 524_288;
 pub const MAX_CLIENTS: usize = 131_072;
 /// Translated flows of one gateway and family, by default.
 pub const MAX_NAT: usize = 524_288;
+
+/// Datagrams of one family of which fragments go by at a time.
+pub const MAX_FRAGMENTS: usize = 16_384;
 
 /// Folder of everything pinned, by default.
 pub const PIN_ROOT: &str = "/sys/fs/bpf/coil";

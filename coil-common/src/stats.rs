@@ -56,7 +56,7 @@ indices! {
         UnsupportedProtocol = "unsupported_protocol",
         /// For an egress, an ICMP message that is not translated.
         UnsupportedIcmp = "unsupported_icmp",
-        /// For an egress, a fragment.
+        /// For an egress, a fragmented ICMP error.
         Fragment = "fragment",
         /// For an egress, with IPv6 extension headers that are not understood, or too many.
         ExtensionHeaders = "extension_headers",
@@ -90,6 +90,23 @@ indices! {
         NatTableFull = "nat_table_full",
         /// TTL or hop limit reached zero.
         TtlExceeded = "ttl_exceeded",
+        /// An ICMP error about a packet of no known flow.
+        IcmpNoFlow = "icmp_no_flow",
+        /// An ICMP error whose addresses do not go with those of the packet that it quotes.
+        IcmpMismatch = "icmp_mismatch",
+        /// An ICMP error of whose quote too little is there, or nothing that is translated.
+        IcmpQuote = "icmp_quote",
+        /// An ICMP error that quotes a later fragment, which has no ports.
+        IcmpQuoteFragment = "icmp_quote_fragment",
+        /// A later fragment whose first one has not been seen (lost, late, or out of order).
+        FragmentUnknown = "fragment_unknown",
+        /// A first fragment whose identification belongs to the unfinished datagram of another client.
+        FragmentConflict = "fragment_conflict",
+        /// A fragment of a tunnelled packet.
+        OuterFragment = "outer_fragment",
+        /// An ICMP error about a tunnelled packet that was too big for some link between pod and
+        /// gateway: the sender of the packet inside was told.
+        UnderlayTooBig = "underlay_too_big",
     }
 }
 
@@ -124,6 +141,10 @@ indices! {
         Suppressed = "suppressed",
         /// Not made, since the packet could not be turned into one.
         Unanswerable = "unanswerable",
+        /// From outside, translated for a pod.
+        ToPod = "to_pod",
+        /// From a pod, translated for the outside.
+        FromPod = "from_pod",
     }
 }
 

@@ -216,6 +216,31 @@ pub const STATE_REPLY_RST: u32 = 1 << 6;
 /// `state`: the initiator has sent more than the opening packet.
 pub const STATE_CONFIRMED: u32 = 1 << 7;
 
+/// What is known of a datagram whose first fragment was seen. The key is that of a flow with the
+/// identification in place of the ports (right-aligned), and in IPv6 with the number of the fragment
+/// header in place of the protocol.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+pub struct FragmentValue {
+    /// Source port of the flow.
+    pub src_port: [u8; 2],
+    /// Destination port of the flow.
+    pub dst_port: [u8; 2],
+    /// Protocol of the flow.
+    pub protocol: u8,
+    /// `FRAGMENT_*` bits.
+    pub flags: u8,
+    /// Zero.
+    pub pad: [u8; 2],
+    /// Seconds since boot of the first fragment.
+    pub seen: u32,
+}
+
+/// [`FragmentValue::flags`]: the last fragment has not been seen.
+pub const FRAGMENT_OPEN: u8 = 1 << 0;
+/// Seconds for which later fragments may follow the first.
+pub const FRAGMENT_SECONDS: u32 = 5;
+
 /// A client pod that a gateway serves.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
@@ -290,6 +315,7 @@ shared! {
     EgressNameValue = 128,
     GatewayValue = 24,
     FlowValue = 64,
+    FragmentValue = 12,
     NatValue4 = 40,
     NatValue6 = 48,
     ClientValue = 4,

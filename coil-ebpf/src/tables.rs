@@ -5,7 +5,7 @@
 
 use coil_common::{
     stats::{Direction, GatewayStat},
-    values::{EgressValue, FlowValue, GatewayValue},
+    values::{EgressValue, FlowValue, FragmentValue, GatewayValue},
 };
 
 use crate::{
@@ -47,8 +47,18 @@ pub trait Clock {
     fn tick(&self) -> u32;
 }
 
+/// Datagrams of which fragments go by.
+pub trait Fragments<F: Family> {
+    /// What is known of a datagram.
+    fn fragment(&self, key: &F::KeyWords) -> Option<FragmentValue>;
+    /// Notes a datagram, in place of what was known. Should that fail its later fragments are lost.
+    fn put_fragment(&self, key: &F::KeyWords, value: &FragmentValue);
+    /// Its last fragment was seen.
+    fn close_fragment(&self, key: &F::KeyWords);
+}
+
 /// What a node knows.
-pub trait NodeTables<F: Family>: Clock + Affinities<F> + Inbounds<F> {
+pub trait NodeTables<F: Family>: Clock + Fragments<F> + Affinities<F> + Inbounds<F> {
     /// An entry of the flow table.
     type Flow: Copy;
 
@@ -112,7 +122,7 @@ pub trait Ports<F: Family> {
 }
 
 /// What a gateway knows.
-pub trait NatTables<F: Family>: Clock {
+pub trait NatTables<F: Family>: Clock + Fragments<F> {
     /// An entry of a translation table.
     type Entry: Copy;
 

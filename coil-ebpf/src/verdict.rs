@@ -27,6 +27,26 @@ pub enum Verdict<A> {
     Rewrite(A),
     /// It is dropped, and its sender gets an ICMP error.
     Refuse(Refusal),
+    /// It is a fragment: [`decide::fragment`](crate::decide::fragment) decides. If that says the same, it
+    /// has noted a datagram of which this is the first fragment, and the packet is decided again with
+    /// [`Rewrite::noted`] set.
+    Fragment,
+    /// It is an ICMP message other than echo: [`decide::icmp`](crate::decide::icmp) decides.
+    Icmp,
+}
+
+impl<A> Verdict<A> {
+    /// The same verdict, counted otherwise.
+    #[inline(always)]
+    pub fn map<B>(self, counted: impl FnOnce(A) -> B) -> Verdict<B> {
+        match self {
+            Self::Pass => Verdict::Pass,
+            Self::Rewrite(account) => Verdict::Rewrite(counted(account)),
+            Self::Refuse(refusal) => Verdict::Refuse(refusal),
+            Self::Fragment => Verdict::Fragment,
+            Self::Icmp => Verdict::Icmp,
+        }
+    }
 }
 
 /// The verdict, or why the packet is dropped.
@@ -63,6 +83,8 @@ pub struct Rewrite<F: Family> {
     pub cut: bool,
     /// Where it goes.
     pub way: Way,
+    /// For whoever decides: should this be the first fragment of a datagram, that has been noted.
+    pub noted: bool,
 }
 
 /// A change of an IP header.
@@ -135,6 +157,7 @@ impl<F: Family> Rewrite<F> {
             push: None,
             cut: false,
             way: Way::On,
+            noted: false,
         }
     }
 
@@ -179,48 +202,66 @@ impl Refusal {
     #[must_use]
     pub const fn too_big<F: Build>(ip: &Ip<F>, mtu: u32) -> Self {
         let mtu = if mtu > 0xffff { 0xffff } else { mtu as u16 };
-        Self { reason: DropReason::TooBig, answer: Answer { at: ip.at as u16, kind: F::TOO_BIG, mtu } }
+        Self { reason: DropReason::TooBig, answer: Answer::about(ip, F::TOO_BIG, mtu) }
     }
 
     /// Its TTL or hop limit is used up.
     #[inline(always)]
     #[must_use]
     pub const fn time_exceeded<F: Build>(ip: &Ip<F>) -> Self {
-        let answer = Answer { at: ip.at as u16, kind: F::TIME_EXCEEDED, mtu: 0 };
-        Self { reason: DropReason::TtlExceeded, answer }
+        Self { reason: DropReason::TtlExceeded, answer: Answer::about(ip, F::TIME_EXCEEDED, 0) }
     }
 
     /// It is not let through for `reason`: "communication administratively prohibited".
     #[inline(always)]
     #[must_use]
     pub const fn prohibited<F: Build>(ip: &Ip<F>, reason: DropReason) -> Self {
-        Self { reason, answer: Answer { at: ip.at as u16, kind: F::PROHIBITED, mtu: 0 } }
+        Self { reason, answer: Answer::about(ip, F::PROHIBITED, 0) }
     }
 }
 
 /// An ICMP error in place of a packet: headers before the packet that it is about are removed, at
-/// most [`Family::QUOTE`] bytes of that are kept, and IP and ICMP headers go in front. It leaves as
-/// [`Way::Back`]; if the packet was tunnelled, so is the error.
+/// most [`Family::QUOTE`] bytes of that are kept, and IP and ICMP headers go in front.
 ///
 /// It comes from the address of the configuration, or, if there is none, from where the packet was
 /// going.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Answer {
     /// Offset of the packet that it is about.
-    pub at: u16,
+    pub at: u8,
+    /// Where it goes.
+    pub path: Path,
     /// Type and code.
     pub kind: [u8; 2],
     /// Largest packet that would fit, 0 if that is not the point.
     pub mtu: u16,
 }
 
+/// Where an error goes that stands in place of a packet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Path {
+    /// Where the packet came from, as [`Way::Back`] says.
+    Back = 0,
+    /// Where the packet came from, through the tunnel.
+    Tunnel = 1,
+    /// On, where the packet was going: it was itself an error, about a tunnelled packet.
+    On = 2,
+}
+
 impl Answer {
+    /// About a packet that is here; back through the tunnel if it came by one.
+    #[inline(always)]
+    const fn about<F: Family>(ip: &Ip<F>, kind: [u8; 2], mtu: u16) -> Self {
+        let path = if ip.at == ETHERNET { Path::Back } else { Path::Tunnel };
+        Self { at: ip.at as u8, path, kind, mtu }
+    }
+
     /// As a number of 48 bits, for a function that can return nothing else.
     #[inline(always)]
     #[must_use]
     pub const fn pack(&self) -> u64 {
         let kind = u16::from_ne_bytes(self.kind) as u64;
-        (self.at as u64) | (kind << 16) | ((self.mtu as u64) << 32)
+        (self.at as u64) | ((self.path as u64) << 8) | (kind << 16) | ((self.mtu as u64) << 32)
     }
 
     /// The inverse of [`Answer::pack`].
@@ -228,7 +269,12 @@ impl Answer {
     #[must_use]
     pub const fn unpack(packed: u64) -> Self {
         Self {
-            at: (packed & 0xffff) as u16,
+            at: (packed & 0xff) as u8,
+            path: match packed >> 8 & 0xff {
+                0 => Path::Back,
+                1 => Path::Tunnel,
+                _ => Path::On,
+            },
             kind: ((packed >> 16 & 0xffff) as u16).to_ne_bytes(),
             mtu: (packed >> 32 & 0xffff) as u16,
         }
@@ -253,10 +299,10 @@ impl Answer {
         Ok(IcmpError { src, dst, kind: self.kind, mtu: self.mtu, quoted })
     }
 
-    /// The tunnel that an error to `to` takes if the packet came by one.
+    /// The tunnel that an error to `to` takes, if it takes one.
     #[inline(always)]
     pub fn tunnel<F: Family>(&self, config: &Config, to: &F::Addr, quoted: u16) -> Option<Tunnel<F>> {
-        if usize::from(self.at) == ETHERNET {
+        if !matches!(self.path, Path::Tunnel) {
             return None;
         }
         let hash = Hash::of_client::<F>(to);
@@ -284,9 +330,9 @@ mod tests {
 
     #[test]
     fn answers_survive_packing() {
-        for (at, mtu) in [(14, 0), (70, 1280), (0xffff, 0xffff)] {
+        for (at, path, mtu) in [(14, Path::Back, 0), (70, Path::Tunnel, 1280), (0xff, Path::On, 0xffff)] {
             for kind in [[3, 4], [1, 1], [0xff, 0xff]] {
-                let answer = Answer { at, kind, mtu };
+                let answer = Answer { at, path, kind, mtu };
                 assert_eq!(Answer::unpack(answer.pack()), answer);
                 assert!(answer.pack() >> 48 == 0);
             }

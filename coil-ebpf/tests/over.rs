@@ -44,7 +44,7 @@ impl Source for Kernel {
 
 /// The datapath writes entries of this map.
 fn is_live(map: &str) -> bool {
-    map.starts_with("flows_") || map.starts_with("nat_")
+    ["flows_", "nat_", "fragments_", "affinity", "inbound_"].iter().any(|kind| map.starts_with(kind))
 }
 
 #[test]

@@ -2,6 +2,7 @@
 //! and BPF file systems of their own, and are run by `cargo xtask test`.
 
 mod cni;
+mod errors;
 mod hostile;
 mod inspect;
 mod netlink;

@@ -14,7 +14,7 @@ use coil_common::names::{
     MAP_POD_SLOTS, MAP_PODS, NODE_MAPS, pod_slot,
 };
 use coil_common::values::{
-    AffinityValue, Counter, FlowValue, InboundValue, NatValue4, NatValue6, PodSlot, PodValue,
+    AffinityValue, Counter, FlowValue, FragmentValue, InboundValue, NatValue4, NatValue6, PodSlot, PodValue,
 };
 use coil_ebpf::testing::entries::{Entry, Key, Value};
 use coil_ebpf::testing::scenario::{AGAIN, IFINDEX, Outcome};
@@ -163,7 +163,8 @@ impl Machine {
     fn entries(&self) -> Vec<Entry> {
         let mut entries = Vec::new();
         for (name, map) in &self.maps {
-            if ["flows_", "nat_", "affinity", "inbound_"].iter().any(|prefix| name.starts_with(prefix)) {
+            let kinds = ["flows_", "nat_", "fragments_", "affinity", "inbound_"];
+            if kinds.iter().any(|prefix| name.starts_with(prefix)) {
                 entries.extend(map.keys().into_iter().map(|key| {
                     let value = Value(map.get(&key).unwrap());
                     Entry { map: name, key: Key(key), value }
@@ -203,6 +204,11 @@ fn at(entry: &Entry, now: u32) -> Entry {
     }
     let value = match entry.map {
         map if map.starts_with("flows_") => moved!(FlowValue),
+        map if map.starts_with("fragments_") => {
+            let mut value: FragmentValue = entry.value.read();
+            value.seen = moved(value.seen, now);
+            Value::of(&value)
+        }
         map if map.starts_with("nat_") && map.ends_with("_v4") => moved!(NatValue4),
         map if map.starts_with("nat_") => moved!(NatValue6),
         map if map.starts_with("inbound_") => {

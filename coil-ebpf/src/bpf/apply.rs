@@ -13,9 +13,11 @@ use aya_ebpf::{
 };
 use coil_common::stats::DropReason;
 use coil_ebpf::{
+    decide::icmp::ErrorRewrite,
     family::{Family, V4, V6},
     head::{Build, Tunnel},
     packet::{ETHERNET, Packet},
+    parse::quote::QuoteEdit,
     verdict::{IpEdit, Rewrite, Way},
 };
 
@@ -52,6 +54,44 @@ pub(super) fn rewrite<F: Build>(skb: &mut Skb, rewrite: &Rewrite<F>) -> Result<O
         push::<F>(skb, tunnel, rewrite.way)?;
     }
     Ok(outcome)
+}
+
+/// Changes an ICMP error.
+#[inline(always)]
+pub(super) fn error<F: Build>(skb: &mut Skb, rewrite: &ErrorRewrite<F>) -> Result<Outcome, DropReason> {
+    quote(skb, &rewrite.quote)?;
+    if let Some((at, check)) = rewrite.check {
+        skb.forget();
+        skb.store(at, check)?;
+    }
+    if let Some((at, word)) = rewrite.word {
+        skb.forget();
+        skb.store(at, word)?;
+    }
+    skb.forget();
+    self::rewrite(skb, &rewrite.base)
+}
+
+/// Changes the packet that an ICMP error quotes.
+#[inline(always)]
+pub(super) fn quote<F: Family>(skb: &mut Skb, edit: &QuoteEdit<F>) -> Result<(), DropReason> {
+    if let Some((at, addr)) = edit.addr {
+        skb.forget();
+        store_addr::<F>(skb, at, addr)?;
+    }
+    if let Some((at, check)) = edit.ip_check {
+        skb.forget();
+        skb.store(at, check)?;
+    }
+    if let Some((at, port)) = edit.port {
+        skb.forget();
+        skb.store(at, port)?;
+    }
+    if let Some((at, check)) = edit.check {
+        skb.forget();
+        skb.store(at, check)?;
+    }
+    Ok(())
 }
 
 #[inline(always)]

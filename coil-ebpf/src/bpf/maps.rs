@@ -2,7 +2,7 @@
 
 use aya_ebpf::{
     bindings::{BPF_ANY, BPF_F_NO_PREALLOC, BPF_NOEXIST},
-    btf_maps::{Array, HashMap, LpmTrie, PerCpuArray, RingBuf},
+    btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, RingBuf},
     helpers::generated::{bpf_jiffies64, bpf_ktime_get_coarse_ns},
     macros::btf_map,
     maps::lpm_trie::Key,
@@ -16,13 +16,13 @@ use coil_common::{
     names,
     stats::{Direction, DropReason, GatewayStat, egress_stat},
     values::{
-        ClientValue, ConfigValue, Counter, EgressNameValue, EgressValue, FlowValue, GatewayValue, NatValue4,
-        NatValue6, PodNameValue, PodSlot, PodValue, PolicyValue,
+        ClientValue, ConfigValue, Counter, EgressNameValue, EgressValue, FlowValue, FragmentValue,
+        GatewayValue, NatValue4, NatValue6, PodNameValue, PodSlot, PodValue, PolicyValue,
     },
 };
 use coil_ebpf::{
     family::{Family, V4, V6, addr4, addr6, bytes6},
-    tables::{Clock, Full, NatTables, NodeTables, ReserveError, Tally, Translation},
+    tables::{Clock, Fragments, Full, NatTables, NodeTables, ReserveError, Tally, Translation},
 };
 
 use super::{atomic, events};
@@ -65,6 +65,10 @@ static NAT_FORWARD_V6: HashMap<FlowKey6, NatValue6, { names::MAX_NAT }, NO_PREAL
 static NAT_REVERSE_V4: HashMap<FlowKey4, NatValue4, { names::MAX_NAT }, NO_PREALLOC> = HashMap::new();
 #[btf_map(name = "nat_reverse_v6")]
 static NAT_REVERSE_V6: HashMap<FlowKey6, NatValue6, { names::MAX_NAT }, NO_PREALLOC> = HashMap::new();
+#[btf_map(name = "fragments_v4")]
+static FRAGMENTS_V4: LruHashMap<FlowKey4, FragmentValue, { names::MAX_FRAGMENTS }> = LruHashMap::new();
+#[btf_map(name = "fragments_v6")]
+static FRAGMENTS_V6: LruHashMap<FlowKey6, FragmentValue, { names::MAX_FRAGMENTS }> = LruHashMap::new();
 #[btf_map(name = "gateway_stats")]
 static GATEWAY_STATS: PerCpuArray<Counter, { GatewayStat::COUNT }> = PerCpuArray::new();
 #[btf_map(name = "drops")]
@@ -205,6 +209,36 @@ unsafe fn touch(last_seen: *mut u32, state: *mut u32, tally: &Tally) {
 pub(super) fn shared<F: Family>(key: &F::KeyWords) -> &F::Key {
     bytemuck::cast_ref(key)
 }
+
+macro_rules! fragments {
+    ($family:ty, $fragments:ident) => {
+        impl Fragments<$family> for Maps {
+            #[inline(always)]
+            fn fragment(&self, key: &<$family as Family>::KeyWords) -> Option<FragmentValue> {
+                // SAFETY: an LRU map may give the entry to another datagram meanwhile; what is read
+                // then is that of a datagram that is as well known.
+                unsafe { $fragments.get(shared::<$family>(key)).copied() }
+            }
+
+            #[inline(always)]
+            fn put_fragment(&self, key: &<$family as Family>::KeyWords, value: &FragmentValue) {
+                // Later fragments will be counted as unknown.
+                if $fragments.insert(shared::<$family>(key), value, u64::from(BPF_ANY)).is_err() {}
+            }
+
+            #[inline(always)]
+            fn close_fragment(&self, key: &<$family as Family>::KeyWords) {
+                if let Some(value) = $fragments.get_ptr_mut(shared::<$family>(key)) {
+                    // SAFETY: points to a map value.
+                    unsafe { (*value).flags = 0 };
+                }
+            }
+        }
+    };
+}
+
+fragments!(V4, FRAGMENTS_V4);
+fragments!(V6, FRAGMENTS_V6);
 
 macro_rules! node_tables {
     ($family:ty, $bytes:expr, $policy:ident, $policy_key:ident, $peers:ident, $peer_key:ident, $flows:ident) => {

@@ -5,6 +5,7 @@ mod atomic;
 mod events;
 mod maps;
 mod notes;
+mod odd;
 mod refuse;
 mod skb;
 
@@ -38,7 +39,11 @@ use coil_ebpf::{
     verdict::{Refusal, Rewrite, Verdict},
 };
 
-use self::{maps::Maps, skb::Skb};
+use self::{
+    maps::Maps,
+    odd::{Hook, or_odd},
+    skb::Skb,
+};
 
 /// What has become of a packet, as a number: a function of its own can return nothing else.
 #[derive(Clone, Copy)]
@@ -51,6 +56,10 @@ impl Outcome {
     const BACK: Self = Self(1);
     const DROP: u64 = 2;
     const REFUSE: u64 = 3;
+    /// A fragment: see [`odd`].
+    const FRAGMENT: u64 = 5;
+    /// An ICMP message other than echo: see [`odd`].
+    const ICMP: u64 = 6;
     /// The short way does not know; nothing has changed.
     const MISS: u64 = 4;
 
@@ -101,12 +110,16 @@ fn from_pod(ctx: TcContext) -> i32 {
     match ethertype(&mut skb) {
         Ok(EtherType::V4) => {
             let short = if served { fast_from_pod::<V4>(&ctx, pod) } else { Outcome::MISS };
-            let outcome = or(short, || from_pod_ip::<V4>(&ctx, pod));
+            let outcome = or(short, || from_pod_ip::<V4>(&ctx, pod, false));
+            let outcome = or_odd::<V4>(skb.raw, Hook::FromPod, outcome);
+            let outcome = or_again(outcome, || from_pod_ip::<V4>(&ctx, pod, true));
             finish::<V4>(&mut skb, HOOK_FROM_POD, outcome)
         }
         Ok(EtherType::V6) => {
             let short = if served { fast_from_pod::<V6>(&ctx, pod) } else { Outcome::MISS };
-            let outcome = or(short, || from_pod_ip::<V6>(&ctx, pod));
+            let outcome = or(short, || from_pod_ip::<V6>(&ctx, pod, false));
+            let outcome = or_odd::<V6>(skb.raw, Hook::FromPod, outcome);
+            let outcome = or_again(outcome, || from_pod_ip::<V6>(&ctx, pod, true));
             finish::<V6>(&mut skb, HOOK_FROM_POD, outcome)
         }
         Ok(EtherType::Other) | Err(_) => TC_ACT_UNSPEC,
@@ -128,8 +141,10 @@ fn to_pod(ctx: TcContext) -> i32 {
                 if inbound::notes(pod) {
                     note_inbound::<V4>(&ctx, pod);
                 }
-                to_pod_ip::<V4>(&ctx, pod)
+                to_pod_ip::<V4>(&ctx, pod, false)
             });
+            let outcome = or_odd::<V4>(skb.raw, Hook::ToPod, outcome);
+            let outcome = or_again(outcome, || to_pod_ip::<V4>(&ctx, pod, true));
             finish::<V4>(&mut skb, HOOK_TO_POD, outcome)
         }
         Ok(EtherType::V6) => {
@@ -138,8 +153,10 @@ fn to_pod(ctx: TcContext) -> i32 {
                 if inbound::notes(pod) {
                     note_inbound::<V6>(&ctx, pod);
                 }
-                to_pod_ip::<V6>(&ctx, pod)
+                to_pod_ip::<V6>(&ctx, pod, false)
             });
+            let outcome = or_odd::<V6>(skb.raw, Hook::ToPod, outcome);
+            let outcome = or_again(outcome, || to_pod_ip::<V6>(&ctx, pod, true));
             finish::<V6>(&mut skb, HOOK_TO_POD, outcome)
         }
         Ok(EtherType::Other) | Err(_) => TC_ACT_UNSPEC,
@@ -176,10 +193,14 @@ macro_rules! act {
                 Err(reason) => Outcome::drop(reason).0,
             },
             Ok(Verdict::Refuse(refusal)) => Outcome::refuse(&refusal).0,
+            Ok(Verdict::Fragment) => Outcome::FRAGMENT,
+            Ok(Verdict::Icmp) => Outcome::ICMP,
             Err(reason) => Outcome::drop(reason).0,
         }
     }};
 }
+
+use act;
 
 /// Carries out and counts what the short way decides.
 macro_rules! hit {
@@ -204,6 +225,12 @@ macro_rules! hit {
 #[inline(always)]
 fn or(short: u64, long: impl FnOnce() -> u64) -> u64 {
     if short == Outcome::MISS { long() } else { short }
+}
+
+/// The outcome, or that of a second look at the first fragment of a datagram that has been noted.
+#[inline(always)]
+fn or_again(outcome: u64, look: impl FnOnce() -> u64) -> u64 {
+    if outcome == Outcome::FRAGMENT { look() } else { outcome }
 }
 
 #[inline(never)]
@@ -245,12 +272,13 @@ where
 // Each family's part of a program is a function of its own, so that its stack is its own.
 
 #[inline(never)]
-fn from_pod_ip<F: Parse + Build>(ctx: &TcContext, pod: &PodValue) -> u64
+fn from_pod_ip<F: Parse + Build>(ctx: &TcContext, pod: &PodValue, noted: bool) -> u64
 where
     Maps: NodeTables<F>,
 {
     let mut skb = Skb::new(ctx);
     let mut rewrite = Rewrite::new();
+    rewrite.noted = noted;
     act!(
         skb,
         rewrite,
@@ -260,12 +288,13 @@ where
 }
 
 #[inline(never)]
-fn to_pod_ip<F: Outer + Build>(ctx: &TcContext, pod: &PodValue) -> u64
+fn to_pod_ip<F: Outer + Build>(ctx: &TcContext, pod: &PodValue, noted: bool) -> u64
 where
     Maps: NodeTables<F>,
 {
     let mut skb = Skb::new(ctx);
     let mut rewrite = Rewrite::new();
+    rewrite.noted = noted;
     act!(
         skb,
         rewrite,
@@ -292,19 +321,28 @@ where
     Maps: NatTables<F>,
 {
     match gateway::direction::<F, _>(skb, config()) {
-        Direction::Out => or(fast_out::<F>(ctx), || gateway_out::<F>(ctx)),
-        Direction::Back => or(fast_back::<F>(ctx), || gateway_back::<F>(ctx)),
+        Direction::Out => {
+            let outcome = or(fast_out::<F>(ctx), || gateway_out::<F>(ctx, false));
+            let outcome = or_odd::<F>(skb.raw, Hook::Out, outcome);
+            or_again(outcome, || gateway_out::<F>(ctx, true))
+        }
+        Direction::Back => {
+            let outcome = or(fast_back::<F>(ctx), || gateway_back::<F>(ctx, false));
+            let outcome = or_odd::<F>(skb.raw, Hook::Back, outcome);
+            or_again(outcome, || gateway_back::<F>(ctx, true))
+        }
         Direction::Neither => Outcome::PASS.0,
     }
 }
 
 #[inline(never)]
-fn gateway_out<F: Outer + Build>(ctx: &TcContext) -> u64
+fn gateway_out<F: Outer + Build>(ctx: &TcContext, noted: bool) -> u64
 where
     Maps: NatTables<F>,
 {
     let mut skb = Skb::new(ctx);
     let mut rewrite = Rewrite::new();
+    rewrite.noted = noted;
     act!(
         skb,
         rewrite,
@@ -314,12 +352,13 @@ where
 }
 
 #[inline(never)]
-fn gateway_back<F: Outer + Build>(ctx: &TcContext) -> u64
+fn gateway_back<F: Outer + Build>(ctx: &TcContext, noted: bool) -> u64
 where
     Maps: NatTables<F>,
 {
     let mut skb = Skb::new(ctx);
     let mut rewrite = Rewrite::new();
+    rewrite.noted = noted;
     act!(
         skb,
         rewrite,
@@ -346,7 +385,7 @@ fn finish<F: Build>(skb: &mut Skb, hook: u32, outcome: u64) -> i32 {
         maps::count_invalid(F::INDEX, &dropped);
     }
     if kind == Outcome::REFUSE && refuse::refuse::<F>(skb, outcome >> 16) {
-        return skb.redirect_back(config());
+        return if refuse::goes_on(outcome >> 16) { TC_ACT_UNSPEC } else { skb.redirect_back(config()) };
     }
     TC_ACT_SHOT
 }

@@ -25,7 +25,7 @@ use coil_ebpf::{
     family::{Family, V4, V6},
     head::Build,
     packet::{ETHERNET, Packet},
-    verdict::Answer,
+    verdict::{Answer, Path},
 };
 
 use super::{apply, skb::Skb};
@@ -97,6 +97,12 @@ fn is_allowed(config: &Config) -> bool {
         (*bucket).credit = if allowed { credit - each } else { credit };
         allowed
     }
+}
+
+/// The error goes on where the packet was going.
+#[inline(always)]
+pub(super) const fn goes_on(answer: u64) -> bool {
+    matches!(Answer::unpack(answer).path, Path::On)
 }
 
 /// Turns a packet into an ICMP error to its sender and counts it; false if it cannot or must not be
@@ -197,6 +203,9 @@ fn make<F: Build>(raw: *mut __sk_buff, answer: &Answer) -> Result<(), DropReason
         apply::write_head::<F>(&mut skb, &F::tunnel(&tunnel))?;
     }
     // Read anew, or the compiler would know from before that the header is there.
+    if matches!(answer.path, Path::On) {
+        return Ok(());
+    }
     skb.reload();
     skb.turn_around()
 }

@@ -67,6 +67,14 @@ impl Skb {
         }
     }
 
+    /// Makes the compiler forget what it knows of the bounds of the packet, so that it compares an
+    /// offset with them again where the verifier has to see it.
+    #[inline(always)]
+    pub(super) fn forget(&mut self) {
+        self.data = core::hint::black_box(self.data);
+        self.end = core::hint::black_box(self.end);
+    }
+
     /// Interface that the program is attached to.
     #[inline(always)]
     pub(super) fn ifindex(&self) -> u32 {

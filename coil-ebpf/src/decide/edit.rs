@@ -100,7 +100,7 @@ impl<F: Family> Rewrite<F> {
 
     /// Makes the header checksum follow a change, or notes the change if there is none.
     #[inline(always)]
-    fn cover(&mut self, ip: &Ip<F>, delta: u32) {
+    pub(super) fn cover(&mut self, ip: &Ip<F>, delta: u32) {
         if F::CHECK_AT.is_some() {
             let check = match self.ip.check {
                 Some(check) => check,

@@ -68,6 +68,7 @@ impl Usual for V4 {
             ttl,
             ttl_word: [ttl, protocol],
             check: view.half(at + 10).to_ne_bytes(),
+            fragment: 0,
             obstacle: None,
         })
     }
@@ -96,6 +97,7 @@ impl Usual for V6 {
             ttl,
             ttl_word: [next, ttl],
             check: [0; 2],
+            fragment: 0,
             obstacle: None,
         })
     }

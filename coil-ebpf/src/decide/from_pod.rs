@@ -76,6 +76,8 @@ pub fn from_pod<F: Parse + Build, P: Packet, T: NodeTables<F>>(
     }
     let l4 = match l4::parse(packet, &ip) {
         Ok(l4) => l4,
+        Err(DropReason::Fragment) => return Ok(Verdict::Fragment),
+        Err(DropReason::UnsupportedIcmp) => return Ok(Verdict::Icmp),
         Err(reason) => return unsupported(packet, pod, &ip, reason, tables),
     };
 
@@ -120,6 +122,10 @@ pub fn from_pod<F: Parse + Build, P: Packet, T: NodeTables<F>>(
         tables.restart_flow(entry);
     }
 
+    if ip.fragment != 0 && !rewrite.noted {
+        return Ok(Verdict::Fragment);
+    }
+
     let hash = flow.hash(config.seed);
     rewrite.begin(&ip, Way::On);
     rewrite.clamp(&l4, mss::clamp(packet, &l4, wire::inner_mss::<F>(pod.mtu))?);
@@ -151,9 +157,9 @@ enum Change {
 }
 
 /// Egress and gateway of a flow.
-struct Choice<F: Family> {
-    value: FlowValue,
-    gateway: F::Addr,
+pub(super) struct Choice<F: Family> {
+    pub(super) value: FlowValue,
+    pub(super) gateway: F::Addr,
     change: Change,
 }
 
@@ -176,7 +182,7 @@ fn serving<F: Family, T: NodeTables<F>>(value: &FlowValue, l4: &L4, tables: &T) 
 
 /// The decision that a flow carries, if it is still good.
 #[inline(always)]
-fn kept<F: Family, T: NodeTables<F>>(
+pub(super) fn kept<F: Family, T: NodeTables<F>>(
     entry: T::Flow,
     pod: &PodValue,
     l4: &L4,
@@ -192,7 +198,7 @@ fn kept<F: Family, T: NodeTables<F>>(
 
 /// The egress for a destination, `None` if it leaves directly.
 #[inline(always)]
-fn policy<F: Family, T: NodeTables<F>>(
+pub(super) fn policy<F: Family, T: NodeTables<F>>(
     pod: &PodValue,
     dst: &F::Addr,
     tables: &T,
@@ -260,7 +266,7 @@ fn slot<F: Family>(egress: &EgressValue, flow: &Flow<F>, config: &Config) -> u16
 
 /// A packet that cannot be translated: policy says whether that matters.
 #[inline(always)]
-fn unsupported<F: Family, P: Packet, T: NodeTables<F>>(
+pub(super) fn unsupported<F: Family, P: Packet, T: NodeTables<F>>(
     packet: &P,
     pod: &PodValue,
     ip: &Ip<F>,

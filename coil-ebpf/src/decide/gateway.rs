@@ -140,7 +140,12 @@ pub fn out<F: Outer + Build, P: Packet, T: NatTables<F>>(
     if F::is_local_scope(&inner.dst) || F::same(&inner.dst, &F::of_config(config)) {
         return Err(DropReason::ForbiddenDestination);
     }
-    let l4 = l4::parse(packet, &inner)?;
+    let l4 = match l4::parse(packet, &inner) {
+        Ok(l4) => l4,
+        Err(DropReason::Fragment) => return Ok(Verdict::Fragment),
+        Err(DropReason::UnsupportedIcmp) => return Ok(Verdict::Icmp),
+        Err(reason) => return Err(reason),
+    };
     if inner.ttl <= 1 {
         return Ok(Verdict::Refuse(Refusal::time_exceeded(&inner)));
     }
@@ -148,6 +153,9 @@ pub fn out<F: Outer + Build, P: Packet, T: NatTables<F>>(
     let now = tables.now();
     let entry = nat::outbound(&flow, &l4, &OwnPorts(config), config.seed, now, tables)?;
     let to = tables.translation(entry);
+    if inner.fragment != 0 && !rewrite.noted {
+        return Ok(Verdict::Fragment);
+    }
 
     rewrite.begin(&inner, Way::Back);
     rewrite.decrement_ttl(&inner);
@@ -180,13 +188,16 @@ pub fn back<F: Parse + Build, P: Packet, T: NatTables<F>>(
         return Ok(Verdict::Pass);
     };
     let ip = &ip;
-    let Ok(l4) = l4::parse(packet, ip) else {
-        return Ok(Verdict::Pass);
+    let l4 = match l4::parse(packet, ip) {
+        Ok(l4) => l4,
+        Err(DropReason::Fragment) => return Ok(Verdict::Fragment),
+        Err(DropReason::UnsupportedIcmp) => return Ok(Verdict::Icmp),
+        Err(_) => return Ok(Verdict::Pass),
     };
     let now = tables.now();
     let flow = l4.flow(ip);
     let Some(entry) = nat::inbound(&flow, now, tables) else {
-        return Ok(Verdict::Pass);
+        return Ok(if ip.fragment == 0 { Verdict::Pass } else { Verdict::Fragment });
     };
     if ip.ttl <= 1 {
         return Ok(Verdict::Refuse(Refusal::time_exceeded(ip)));
@@ -199,6 +210,9 @@ pub fn back<F: Parse + Build, P: Packet, T: NatTables<F>>(
     rewrite.clamp(&l4, mss::clamp(packet, &l4, wire::inner_mss::<F>(config.mtu))?);
     rewrite.decrement_ttl(ip);
     let to = tables.translation(entry);
+    if ip.fragment != 0 && !rewrite.noted {
+        return Ok(Verdict::Fragment);
+    }
     rewrite.translate(packet, ip, &l4, End::Destination, &to)?;
     let hash = flow.hash(config.seed);
     rewrite.cut = wire::is_uncut(packet, &l4);

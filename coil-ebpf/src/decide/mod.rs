@@ -3,8 +3,10 @@
 mod affinity;
 mod edit;
 pub mod fast;
+pub mod fragment;
 pub mod from_pod;
 pub mod gateway;
+pub mod icmp;
 pub mod inbound;
 pub mod nat;
 pub mod to_pod;

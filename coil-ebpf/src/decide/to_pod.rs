@@ -36,7 +36,8 @@ pub fn to_pod<F: Outer, P: Packet, T: NodeTables<F>>(
         return Ok(Verdict::Pass);
     }
     let Some(udp) = tunnel::locate::<F, P>(packet, config.fou_port) else {
-        return Ok(Verdict::Pass);
+        // Only an error about a tunnelled packet, or a fragment of one, is not the pod's own business.
+        return Ok(if F::is_odd(packet) { Verdict::Icmp } else { Verdict::Pass });
     };
     let outer = tunnel::outer::<F, P>(packet, udp)?;
     if !tables.is_peer(pod.set, &outer.src) {
@@ -52,9 +53,15 @@ pub fn to_pod<F: Outer, P: Packet, T: NodeTables<F>>(
     rewrite.pop = inner.at - ETHERNET;
     // What cannot be translated (a fragment from a gateway of an older release) is delivered all the
     // same; it belongs to no flow.
-    let Ok(l4) = l4::parse(packet, &inner) else {
-        return Ok(Verdict::Rewrite(None));
+    let l4 = match l4::parse(packet, &inner) {
+        Ok(l4) => l4,
+        Err(DropReason::Fragment) => return Ok(Verdict::Fragment),
+        Err(DropReason::UnsupportedIcmp) => return Ok(Verdict::Icmp),
+        Err(_) => return Ok(Verdict::Rewrite(None)),
     };
+    if inner.fragment != 0 && !rewrite.noted {
+        return Ok(Verdict::Fragment);
+    }
     rewrite.clamp(&l4, mss::clamp(packet, &l4, wire::inner_mss::<F>(pod.mtu))?);
     let flow = tables.flow(l4.flow(&inner).reversed().key());
     let account = match flow {

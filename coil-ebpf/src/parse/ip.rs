@@ -36,6 +36,10 @@ pub struct Ip<F: Family> {
     pub ttl_word: [u8; 2],
     /// Header checksum, zero in IPv6.
     pub check: [u8; 2],
+    /// If this is a fragment, offset of what says so from the start of the header: identification
+    /// (IPv4) or fragment header; else 0. The
+    /// first fragment of a datagram has a transport header; a later one has an obstacle instead.
+    pub fragment: u16,
     /// Why the transport header cannot be used, if it cannot.
     pub obstacle: Option<DropReason>,
 }
@@ -74,6 +78,9 @@ fn jumbo<P: Packet>(packet: &P, at: usize) -> u32 {
     if packet.gso_size() == 0 { 0 } else { packet.length().wrapping_sub(at as u32) }
 }
 
+/// Offset of the identification of an IPv4 header.
+const V4_ID: u16 = 4;
+
 impl Parse for V4 {
     #[inline(always)]
     fn parse<P: Packet>(packet: &mut P, at: usize) -> Result<Ip<Self>, DropReason> {
@@ -95,8 +102,9 @@ impl Parse for V4 {
         if at as u32 + length > packet.length() {
             return Err(DropReason::Truncated);
         }
-        // More fragments, or an offset.
-        let fragment = f0 & 0x3f != 0 || f1 != 0;
+        // An offset, and whether more fragments follow.
+        let later = f0 & 0x1f != 0 || f1 != 0;
+        let fragment = later || f0 & 0x20 != 0;
         Ok(Ip {
             at,
             l4: at + header,
@@ -109,7 +117,8 @@ impl Parse for V4 {
             ttl,
             ttl_word: [ttl, protocol],
             check: [c0, c1],
-            obstacle: if fragment { Some(DropReason::Fragment) } else { None },
+            fragment: if fragment { V4_ID } else { 0 },
+            obstacle: if later { Some(DropReason::Fragment) } else { None },
         })
     }
 }
@@ -152,6 +161,7 @@ impl Parse for V6 {
             ttl,
             ttl_word: [next, ttl],
             check: [0; 2],
+            fragment: 0,
             obstacle: None,
         };
         if is_extension(next) {
@@ -159,6 +169,9 @@ impl Parse for V6 {
             ip.protocol = found.protocol;
             ip.l4 += usize::from(found.length);
             ip.obstacle = found.obstacle;
+            if found.fragment != 0 {
+                ip.fragment = found.fragment + Self::HEADER as u16 - 1;
+            }
         }
         Ok(ip)
     }
@@ -177,6 +190,9 @@ pub struct Extensions {
     pub protocol: u8,
     /// Their length together.
     pub length: u16,
+    /// Offset of the fragment header plus 1, or 0 if the packet is none. A fragment header of a whole
+    /// packet does not count.
+    pub fragment: u16,
     /// Why what follows them cannot be used.
     pub obstacle: Option<DropReason>,
 }
@@ -193,7 +209,8 @@ impl Extensions {
             Some(DropReason::Malformed) => 3,
             Some(_) => 4,
         };
-        (obstacle << 32) | ((self.length as u64) << 8) | self.protocol as u64
+        let fragment = (self.fragment as u64) << 40;
+        fragment | (obstacle << 32) | ((self.length as u64) << 8) | self.protocol as u64
     }
 
     /// The inverse of [`Extensions::pack`].
@@ -203,7 +220,8 @@ impl Extensions {
         Self {
             protocol: (packed & 0xff) as u8,
             length: (packed >> 8 & 0x3fff) as u16,
-            obstacle: match packed >> 32 {
+            fragment: (packed >> 40 & 0x3fff) as u16,
+            obstacle: match packed >> 32 & 0xff {
                 0 => None,
                 1 => Some(DropReason::Fragment),
                 2 => Some(DropReason::Truncated),
@@ -217,23 +235,30 @@ impl Extensions {
 /// Walks over extension headers that start at `at` with one of kind `next`, inside `room` bytes.
 #[inline(always)]
 pub fn walk<P: Packet + ?Sized>(packet: &mut P, at: usize, next: u8, room: usize) -> Extensions {
-    let mut found = Extensions { protocol: next, length: 0, obstacle: None };
+    let mut found = Extensions { protocol: next, length: 0, fragment: 0, obstacle: None };
     for _ in 0..MAX_EXTENSIONS {
         match found.protocol {
-            HOP_BY_HOP | ROUTING | DESTINATION => {}
-            FRAGMENT => {
-                found.obstacle = Some(DropReason::Fragment);
-                return found;
-            }
+            HOP_BY_HOP | ROUTING | FRAGMENT | DESTINATION => {}
             _ => return found,
         }
         let header = at + usize::from(found.length);
-        let Ok([next, units, _, segments_left]) =
+        let Ok([next, units, third, segments_left]) =
             packet.ensure(header + 8).and_then(|()| packet.load::<4>(header))
         else {
             found.obstacle = Some(DropReason::Truncated);
             return found;
         };
+        if found.protocol == FRAGMENT {
+            // Offset and flags are where a routing header has its type and segments.
+            if third | (segments_left & 0xf9) != 0 {
+                found.fragment = found.length + 1;
+            }
+            if third | (segments_left & 0xf8) != 0 {
+                found.obstacle = Some(DropReason::Fragment);
+                return found;
+            }
+        }
+        let units = if found.protocol == FRAGMENT { 0 } else { units };
         let length = found.length + (u16::from(units) + 1) * 8;
         if usize::from(length) > room {
             found.obstacle = Some(DropReason::Malformed);
@@ -269,8 +294,10 @@ mod tests {
         ] {
             // The longest walk that there can be.
             for length in [0, 8, (MAX_EXTENSIONS as u16) * 2048] {
-                let found = Extensions { protocol: 255, length, obstacle };
-                assert_eq!(Extensions::unpack(found.pack()), found);
+                for fragment in [0, 1, 0x2001] {
+                    let found = Extensions { protocol: 255, length, fragment, obstacle };
+                    assert_eq!(Extensions::unpack(found.pack()), found);
+                }
             }
         }
     }

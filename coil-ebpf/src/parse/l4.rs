@@ -48,6 +48,9 @@ pub struct L4 {
 }
 
 impl L4 {
+    /// A packet in the middle of a flow whose transport header is not there.
+    pub const UNKNOWN: Self = Self { kind: Kind::Udp, at: 0, header: 0, src_port: [0; 2], dst_port: [0; 2] };
+
     /// Offset of the checksum.
     #[inline(always)]
     #[must_use]
@@ -130,7 +133,8 @@ pub fn parse<F: Family, P: Packet>(packet: &mut P, ip: &Ip<F>) -> Result<L4, Dro
         packet.ensure(at + 8)?;
         let [s0, s1, d0, d1] = packet.load::<4>(at)?;
         let length = usize::from(u16::from_be_bytes(packet.load::<2>(at + 4)?));
-        if length < 8 || length > room {
+        // The length is that of the whole datagram, of which a fragment holds a part.
+        if length < 8 || (length > room && ip.fragment == 0) {
             return Err(DropReason::Malformed);
         }
         return Ok(L4 { kind: Kind::Udp, at, header: 8, src_port: [s0, s1], dst_port: [d0, d1] });

@@ -4,6 +4,7 @@ pub mod eth;
 pub mod ip;
 pub mod l4;
 pub mod mss;
+pub mod quote;
 pub mod tunnel;
 
 pub use ip::{Ip, Parse};

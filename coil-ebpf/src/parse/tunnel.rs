@@ -19,6 +19,8 @@ use crate::{
 pub trait Outer: Parse {
     /// Offset of the UDP header if the packet has the shape of a tunnelled one.
     fn udp<P: Packet>(packet: &mut P) -> Option<usize>;
+    /// The packet, which is not a tunnelled one, is ICMP or a fragment.
+    fn is_odd<P: Packet>(packet: &P) -> bool;
 }
 
 impl Outer for V4 {
@@ -30,8 +32,17 @@ impl Outer for V4 {
         let [_, protocol] = packet.load::<2>(ETHERNET + 8).ok()?;
         (version == 0x45 && protocol == UDP && fragment & 0x3f == 0 && offset == 0).then_some(ETHERNET + 20)
     }
+
+    #[inline(always)]
+    fn is_odd<P: Packet>(packet: &P) -> bool {
+        packet
+            .load::<4>(ETHERNET + 6)
+            .is_ok_and(|[flags, _, _, protocol]| protocol == Self::ICMP || flags & 0x20 != 0)
+    }
 }
 
+/// Next header of fragments.
+const FRAGMENT: u8 = 44;
 /// Next header of destination options.
 const DESTINATION: u8 = 60;
 
@@ -53,6 +64,11 @@ impl Outer for V6 {
         let [next, units] = packet.load::<2>(ETHERNET + 40).ok()?;
         packet.ensure(ETHERNET + 56).ok()?;
         (next == UDP && units == 0).then_some(ETHERNET + 48)
+    }
+
+    #[inline(always)]
+    fn is_odd<P: Packet>(packet: &P) -> bool {
+        packet.load::<2>(ETHERNET + 6).is_ok_and(|[next, _]| next == Self::ICMP || next == FRAGMENT)
     }
 }
 

@@ -1,7 +1,7 @@
 //! Map entries as bytes, as a map holds them: the map's name says what type they have.
 
 use bytemuck::NoUninit;
-use coil_common::values::{FlowValue, NatValue4, NatValue6};
+use coil_common::values::{FlowValue, FragmentValue, NatValue4, NatValue6};
 
 /// Something that can stand in a map.
 pub trait Bytes {
@@ -85,6 +85,10 @@ impl Entry {
             value.last_seen = 0;
             value.created = 0;
             value.tick = 0;
+            entry.value = Value::of(&value);
+        } else if self.map.starts_with("fragments_") {
+            let mut value: FragmentValue = self.value.read();
+            value.seen = 0;
             entry.value = Value::of(&value);
         } else if self.map.starts_with("nat_") && self.map.ends_with("_v4") {
             let mut value: NatValue4 = self.value.read();

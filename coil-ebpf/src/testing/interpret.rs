@@ -3,6 +3,7 @@
 use coil_common::{
     config::Config,
     stats::{DropReason, GatewayStat, IcmpStat},
+    values::PodValue,
 };
 
 use super::{
@@ -14,17 +15,20 @@ use crate::{
     decide::{
         dropped,
         fast::{self, Usual},
-        from_pod, gateway, inbound, to_pod,
+        fragment, from_pod, gateway,
+        icmp::{self, ErrorRewrite},
+        inbound, to_pod,
     },
-    family::{V4, V6},
+    family::{Family, V4, V6},
     head::Build,
     packet::{ETHERNET, Packet as _},
     parse::{
         eth::{EtherType, ethertype},
+        quote::Quoted,
         tunnel::Outer,
     },
     tables::{NatTables, NodeTables},
-    verdict::{Answer, Rewrite, Verdict, Way},
+    verdict::{Answer, Path, Refusal, Rewrite, Verdict, Way},
 };
 
 /// Runs a packet through a hook: what is left of it, and what happens to it.
@@ -103,7 +107,7 @@ where
     })
 }
 
-fn run_family<F: Outer + Usual>(
+fn run_family<F: Outer + Usual + Quoted>(
     hook: Hook,
     ifindex: u32,
     packet: &mut Memory,
@@ -125,50 +129,165 @@ where
     {
         inbound::note(packet, pod, config, tables);
     }
-    let refusal = match (hook, pod) {
+    let verdict = match (hook, pod) {
         (Hook::FromPod | Hook::ToPod, None) => return Ok(Action::Pass),
-        (Hook::FromPod, Some(pod)) => match from_pod::from_pod(packet, &pod, config, tables, &mut rewrite)? {
-            Verdict::Pass => return Ok(Action::Pass),
-            Verdict::Rewrite(account) => {
-                apply(packet, &rewrite);
-                account.commit(tables);
-                None
+        (Hook::FromPod, Some(pod)) => {
+            let mut verdict = from_pod::from_pod(packet, &pod, config, tables, &mut rewrite)?;
+            if matches!(verdict, Verdict::Fragment) {
+                verdict = fragment::from_pod(packet, &pod, config, tables, &mut rewrite)?;
             }
-            Verdict::Refuse(refusal) => Some(refusal),
-        },
-        (Hook::ToPod, Some(pod)) => match to_pod::to_pod(packet, &pod, config, tables, &mut rewrite)? {
-            Verdict::Pass => return Ok(Action::Pass),
-            Verdict::Rewrite(account) => {
-                apply(packet, &rewrite);
-                if let Some(account) = account {
-                    account.commit(tables);
-                }
-                None
+            if matches!(verdict, Verdict::Fragment) {
+                rewrite = Rewrite { noted: true, ..Rewrite::new() };
+                verdict = from_pod::from_pod(packet, &pod, config, tables, &mut rewrite)?;
             }
-            Verdict::Refuse(refusal) => Some(refusal),
-        },
-        (Hook::Gateway, _) => match gateway::gateway(packet, config, tables, &mut rewrite)? {
-            Verdict::Pass => return Ok(Action::Pass),
-            Verdict::Rewrite(account) => {
-                apply(packet, &rewrite);
-                account.commit(tables);
-                None
-            }
-            Verdict::Refuse(refusal) => Some(refusal),
-        },
-    };
-    if let Some(refusal) = refusal {
-        let counter = dropped(packet);
-        tables.count_drop(refusal.reason, counter);
-        if let Some(stat) = invalid(refusal.reason, packet) {
-            tables.count_invalid(stat, counter);
+            verdict.map(|account: from_pod::Account<_>| Counted::Flow(Some(account)))
         }
-        return Ok(refuse::<F>(packet, &refusal.answer, config, tables));
+        (Hook::ToPod, Some(pod)) => {
+            let mut verdict = to_pod::to_pod(packet, &pod, config, tables, &mut rewrite)?;
+            if matches!(verdict, Verdict::Fragment) {
+                verdict = fragment::to_pod(packet, config, tables, &mut rewrite)?;
+            }
+            if matches!(verdict, Verdict::Fragment) {
+                rewrite = Rewrite { noted: true, ..Rewrite::new() };
+                verdict = to_pod::to_pod(packet, &pod, config, tables, &mut rewrite)?;
+            }
+            verdict.map(Counted::Flow)
+        }
+        (Hook::Gateway, _) => {
+            let mut verdict = gateway::gateway(packet, config, tables, &mut rewrite)?;
+            if matches!(verdict, Verdict::Fragment) {
+                verdict = match gateway::direction::<F, _>(packet, config) {
+                    gateway::Direction::Out => fragment::out(packet, config, tables, &mut rewrite)?,
+                    _ => fragment::back(packet, config, tables, &mut rewrite)?,
+                };
+            }
+            if matches!(verdict, Verdict::Fragment) {
+                rewrite = Rewrite { noted: true, ..Rewrite::new() };
+                verdict = gateway::gateway(packet, config, tables, &mut rewrite)?;
+            }
+            verdict.map(Counted::Entry)
+        }
+    };
+    match verdict {
+        Verdict::Pass => Ok(Action::Pass),
+        Verdict::Rewrite(counted) => {
+            apply(packet, &rewrite);
+            counted.commit::<F>(tables);
+            Ok(action(rewrite.way))
+        }
+        Verdict::Refuse(refusal) => Ok(drop_and_tell::<F>(packet, &refusal, config, tables)),
+        Verdict::Icmp => run_icmp::<F>(hook, ifindex, packet, config, tables),
+        // Whoever decides about fragments never says that it is one.
+        Verdict::Fragment => Err(DropReason::RewriteFailed),
     }
-    Ok(match rewrite.way {
+}
+
+/// An ICMP message other than echo.
+fn run_icmp<F: Outer + Usual + Quoted>(
+    hook: Hook,
+    ifindex: u32,
+    packet: &mut Memory,
+    config: &Config,
+    tables: &Tables,
+) -> Result<Action, DropReason>
+where
+    Tables: NodeTables<F> + NatTables<F>,
+{
+    let mut rewrite = ErrorRewrite::<F>::new();
+    let Some(pod) = tables.pod(ifindex).or((hook == Hook::Gateway).then(PodValue::default)) else {
+        return Ok(Action::Pass);
+    };
+    let outward =
+        || matches!(gateway::direction::<F, _>(&mut packet.clone(), config), gateway::Direction::Out);
+    let verdict = match hook {
+        Hook::FromPod => icmp::from_pod(packet, &pod, config, tables, &mut rewrite)?
+            .map(|account: from_pod::Account<_>| Counted::Flow(Some(account))),
+        Hook::ToPod => icmp::to_pod(packet, &pod, config, tables, &mut rewrite)?.map(Counted::Flow),
+        Hook::Gateway if outward() => icmp::out(packet, config, tables, &mut rewrite)?.map(Counted::Gateway),
+        Hook::Gateway => icmp::back(packet, config, tables, &mut rewrite)?.map(Counted::Gateway),
+    };
+    match verdict {
+        icmp::Verdict::Pass => Ok(Action::Pass),
+        icmp::Verdict::Rewrite(counted) => {
+            apply_error(packet, &rewrite);
+            counted.commit::<F>(tables);
+            tables.count_icmp(match (hook, rewrite.base.push.is_some()) {
+                (Hook::FromPod, _) | (Hook::Gateway, false) => IcmpStat::FromPod,
+                (Hook::ToPod, _) | (Hook::Gateway, true) => IcmpStat::ToPod,
+            });
+            Ok(action(rewrite.base.way))
+        }
+        icmp::Verdict::Refuse(refusal) => {
+            let counter = dropped(packet);
+            apply_quote(packet, &rewrite);
+            tables.count_drop(refusal.reason, counter);
+            Ok(refuse::<F>(packet, &refusal.answer, config, tables))
+        }
+    }
+}
+
+/// How a packet counts that was rewritten.
+enum Counted<H, E> {
+    Flow(Option<from_pod::Account<H>>),
+    Entry(gateway::Account<E>),
+    Gateway(icmp::GatewayAccount),
+}
+
+impl<H: Copy, E: Copy> Counted<H, E> {
+    fn commit<F: Family>(&self, tables: &Tables)
+    where
+        Tables: NodeTables<F, Flow = H> + NatTables<F, Entry = E>,
+    {
+        match self {
+            Self::Flow(account) => account.iter().for_each(|account| account.commit(tables)),
+            Self::Entry(account) => account.commit(tables),
+            Self::Gateway(account) => account.commit::<F, _>(tables),
+        }
+    }
+}
+
+fn action(way: Way) -> Action {
+    match way {
         Way::On => Action::Pass,
         Way::Back => Action::Back,
-    })
+    }
+}
+
+fn drop_and_tell<F: Build>(
+    packet: &mut Memory,
+    refusal: &Refusal,
+    config: &Config,
+    tables: &Tables,
+) -> Action {
+    let counter = dropped(packet);
+    tables.count_drop(refusal.reason, counter);
+    if let Some(stat) = invalid(refusal.reason, packet) {
+        tables.count_invalid(stat, counter);
+    }
+    refuse::<F>(packet, &refusal.answer, config, tables)
+}
+
+/// Changes the quote of an ICMP error.
+fn apply_quote<F: Family>(packet: &mut Memory, rewrite: &ErrorRewrite<F>) {
+    let quote = &rewrite.quote;
+    if let Some((at, addr)) = quote.addr {
+        write(&mut packet.bytes, at, bytemuck::bytes_of(&addr));
+    }
+    for (at, value) in [quote.ip_check, quote.port, quote.check].into_iter().flatten() {
+        write(&mut packet.bytes, at, &value);
+    }
+}
+
+/// Changes an ICMP error.
+fn apply_error<F: Build>(packet: &mut Memory, rewrite: &ErrorRewrite<F>) {
+    apply_quote(packet, rewrite);
+    if let Some((at, check)) = rewrite.check {
+        write(&mut packet.bytes, at, &check);
+    }
+    if let Some((at, word)) = rewrite.word {
+        write(&mut packet.bytes, at, &word);
+    }
+    apply(packet, &rewrite.base);
 }
 
 /// Changes a packet.
@@ -214,7 +333,7 @@ fn refuse<F: Build>(packet: &mut Memory, answer: &Answer, config: &Config, table
     match respond::<F>(packet, answer, config) {
         Ok(()) => {
             tables.count_icmp(IcmpStat::Answered);
-            Action::Back
+            if answer.path == Path::On { Action::Pass } else { Action::Back }
         }
         Err(_) => {
             tables.count_icmp(IcmpStat::Unanswerable);
@@ -240,7 +359,9 @@ fn respond<F: Build>(packet: &mut Memory, answer: &Answer, config: &Config) -> R
     let error = answer.error::<F, _>(packet, config, length)?;
     let tunnel = answer.tunnel::<F>(config, &error.dst, length);
     let head = F::error(&error, sum(&packet.bytes[at..at + quoted]));
-    turn_around(&mut packet.bytes);
+    if answer.path != Path::On {
+        turn_around(&mut packet.bytes);
+    }
     packet.bytes.truncate(at + F::QUOTE);
     packet.bytes.drain(ETHERNET..at);
     insert(&mut packet.bytes, bytemuck::bytes_of(&head));

@@ -8,14 +8,14 @@ use std::{
 use coil_common::{
     names,
     stats::{Direction, DropReason, GatewayStat, IcmpStat, egress_stat},
-    values::{Counter, EgressValue, FlowValue, GatewayValue, NatValue4, NatValue6, PodValue},
+    values::{Counter, EgressValue, FlowValue, FragmentValue, GatewayValue, NatValue4, NatValue6, PodValue},
 };
 
 use super::entries::{Bytes, Entry, Key, Value};
 use crate::{
     family::{Family, V4, V6, addr4, addr6},
     packet::{Packet, View},
-    tables::{Clock, Full, NatTables, NodeTables, ReserveError, Tally, Translation},
+    tables::{Clock, Fragments, Full, NatTables, NodeTables, ReserveError, Tally, Translation},
 };
 
 /// A packet in memory.
@@ -295,7 +295,7 @@ impl Tables {
 
 /// The datapath writes entries of this map.
 fn is_live(map: &str) -> bool {
-    ["flows_", "nat_", "affinity", "inbound_"].iter().any(|prefix| map.starts_with(prefix))
+    ["flows_", "nat_", "fragments_", "affinity", "inbound_"].iter().any(|prefix| map.starts_with(prefix))
 }
 
 impl Clock for Tables {
@@ -316,6 +316,20 @@ fn leak<T>(value: T) -> &'static T {
 macro_rules! tables {
     ($family:ty, $nat:ty, $addr:expr, $bytes:expr, $policy:ident, $peer:ident, $client:ident,
      $maps:expr) => {
+        impl Fragments<$family> for Tables {
+            fn fragment(&self, key: &<$family as Family>::KeyWords) -> Option<FragmentValue> {
+                self.live($maps[6], &Key::of(key))
+            }
+
+            fn put_fragment(&self, key: &<$family as Family>::KeyWords, value: &FragmentValue) {
+                self.live.borrow_mut().insert(($maps[6], Key::of(key)), Value::of(value));
+            }
+
+            fn close_fragment(&self, key: &<$family as Family>::KeyWords) {
+                self.change::<FragmentValue>(&($maps[6], Key::of(key)), |value| value.flags = 0);
+            }
+        }
+
         impl NodeTables<$family> for Tables {
             type Flow = &'static (&'static str, Key);
 
@@ -492,7 +506,8 @@ tables!(
         names::MAP_FLOWS_V4,
         names::MAP_CLIENTS_V4,
         names::MAP_NAT_FORWARD_V4,
-        names::MAP_NAT_REVERSE_V4
+        names::MAP_NAT_REVERSE_V4,
+        names::MAP_FRAGMENTS_V4
     ]
 );
 tables!(
@@ -509,6 +524,7 @@ tables!(
         names::MAP_FLOWS_V6,
         names::MAP_CLIENTS_V6,
         names::MAP_NAT_FORWARD_V6,
-        names::MAP_NAT_REVERSE_V6
+        names::MAP_NAT_REVERSE_V6,
+        names::MAP_FRAGMENTS_V6
     ]
 );

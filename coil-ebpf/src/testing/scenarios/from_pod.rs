@@ -175,13 +175,11 @@ fn unsupported(w: &World) -> Vec<Scenario> {
         row(w, "unknown protocol", &out.packet(132, &[1; 40])).drops(DropReason::UnsupportedProtocol),
         row(w, "the other family's ICMP", &out.packet(59 - w.icmp(), &[8; 40]))
             .drops(DropReason::UnsupportedProtocol),
-        row(w, "ICMP error", &out.icmp(3, 3, [0; 4], &[9; 48])).drops(DropReason::UnsupportedIcmp),
+        row(w, "ICMP error about nothing", &out.icmp(3, 3, [0; 4], &[9; 48])).drops(DropReason::IcmpQuote),
         row(w, "echo with a code", &out.icmp(if w.is_v4() { 8 } else { 128 }, 1, [0; 4], &[9; 8]))
             .drops(DropReason::UnsupportedIcmp),
-        row(w, "first fragment", &out.clone().fragment(0, true).packet(17, &[7; 64]))
-            .drops(DropReason::Fragment),
         row(w, "second fragment", &out.clone().fragment(8, false).packet(17, &[7; 64]))
-            .drops(DropReason::Fragment),
+            .drops(DropReason::FragmentUnknown),
         row(w, "no room for TCP", &out.packet(6, &[0; 19])).drops(DropReason::Truncated),
         row(w, "no room for UDP", &out.packet(17, &[0; 7])).drops(DropReason::Truncated),
         row(w, "no room for ICMP", &out.packet(w.icmp(), &[8; 7])).drops(DropReason::Truncated),

@@ -54,14 +54,16 @@ fn passes(w: &World) -> Vec<Scenario> {
         row(w, "no translation", &tcp).passes(),
         bad.passes(),
         row(w, "bad TCP header", &short).passes(),
-        row(w, "fragment", &w.reply().fragment(8, false).packet(17, &[7; 64])).passes(),
+        row(w, "fragment", &w.reply().fragment(8, false).packet(17, &[7; 64]))
+            .drops(DropReason::FragmentUnknown),
         row(w, "first fragment of a tunnelled packet", &{
             let payload = w.to_gateway(&w.out().udp(PORTS, b"x"))[w.header()..].to_vec();
             Ip::new(w.pod, w.gateway).fragment(0, true).packet(17, &payload)
         })
-        .passes(),
+        .drops(DropReason::OuterFragment),
         row(w, "other protocol", &w.reply().packet(132, &[1; 40])).passes(),
-        row(w, "ICMP error", &w.reply().icmp(3, 1, [0; 4], &[9; 48])).passes(),
+        row(w, "ICMP error about nothing", &w.reply().icmp(3, 1, [0; 4], &[9; 48]))
+            .drops(DropReason::IcmpQuote),
         row(w, "echo request to the gateway", &w.reply().echo(true, 77, b"ping")).passes(),
         row(w, "echo reply to the gateway", &w.reply().echo(false, 77, b"ping")).passes(),
     ];
@@ -101,12 +103,12 @@ fn refused(w: &World) -> Vec<Scenario> {
         row(w, "SYN and FIN", &tunnelled(&out.tcp(PORTS, SYN | 1, &[], b""))).drops(DropReason::NoState),
         row(w, "echo reply without state", &tunnelled(&out.echo(false, 77, b"ping")))
             .drops(DropReason::UnsupportedIcmp),
-        row(w, "ICMP error from a client", &tunnelled(&out.icmp(3, 3, [0; 4], &[9; 48])))
-            .drops(DropReason::UnsupportedIcmp),
+        row(w, "ICMP error about nothing from a client", &tunnelled(&out.icmp(3, 3, [0; 4], &[9; 48])))
+            .drops(DropReason::IcmpQuote),
         row(w, "other protocol from a client", &tunnelled(&out.packet(132, &[1; 40])))
             .drops(DropReason::UnsupportedProtocol),
         row(w, "fragment from a client", &tunnelled(&out.clone().fragment(8, true).packet(17, &[7; 64])))
-            .drops(DropReason::Fragment),
+            .drops(DropReason::FragmentUnknown),
         row(w, "nothing inside", &outer.udp_unchecked((FOU, FOU), b"")).drops(DropReason::Truncated),
         row(w, "something else inside", &outer.udp_unchecked((FOU, FOU), &[0xff; 60]))
             .drops(DropReason::Malformed),
@@ -473,7 +475,12 @@ fn replies(w: &World) -> Vec<Scenario> {
     let halves =
         || vec![w.forward(PORTS, 6, 50000, Nat::default()), w.reverse(PORTS, 6, 50000, Nat::default())];
     let fragment = world.clone().fragment(8, true).packet(6, &[7; 64]);
-    rows.push(row(w, "fragment of a reply", &fragment).and(halves()).leaves(halves()).passes());
+    rows.push(
+        row(w, "fragment of a reply", &fragment)
+            .and(halves())
+            .leaves(halves())
+            .drops(DropReason::FragmentUnknown),
+    );
     rows.push(auto_port(w));
     rows
 }

@@ -1,8 +1,10 @@
 //! The scenario table: one file per program, each for both families.
 
 mod errors;
+mod fragments;
 mod from_pod;
 mod gateway;
+mod icmp;
 mod notes;
 mod to_pod;
 mod world;
@@ -19,6 +21,8 @@ pub fn scenarios() -> Vec<Scenario> {
         out.extend(to_pod::rows(&world));
         out.extend(gateway::rows(&world));
         out.extend(errors::rows(&world));
+        out.extend(icmp::rows(&world));
+        out.extend(fragments::rows(&world));
         out.extend(notes::rows(&world));
     }
     out

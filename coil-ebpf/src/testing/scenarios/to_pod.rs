@@ -1,7 +1,7 @@
 //! Packets to a pod.
 
 use coil_common::{
-    stats::{Direction, DropReason},
+    stats::{Direction, DropReason, IcmpStat},
     values::{FlowValue, NO_POLICY, POD_GATEWAY, PodValue, STATE_REPLY, STATE_REPLY_FIN, STATE_REPLY_RST},
 };
 
@@ -52,7 +52,7 @@ fn passes(w: &World) -> Vec<Scenario> {
             let payload = tunnelled[w.header()..].to_vec();
             from_gateway.clone().fragment(0, true).packet(17, &payload)
         })
-        .passes(),
+        .drops(DropReason::OuterFragment),
         row(w, "packet too big from the node", &{
             let quoted = w.out().udp(PORTS, &[7; 200]);
             let (kind, code) = if w.is_v4() { (3, 4) } else { (2, 0) };
@@ -153,9 +153,10 @@ fn unpacked(w: &World) -> Vec<Scenario> {
     let fragment = back.clone().fragment(8, false).packet(17, &[7; 64]);
     let other = back.packet(132, &[1; 40]);
     let error = back.icmp(3, 1, [0; 4], &[9; 48]);
-    for (name, inner) in [("fragment", &fragment), ("other protocol", &other), ("error", &error)] {
+    for (name, inner) in [("fragment", &fragment), ("other protocol", &other)] {
         rows.push(row(w, name, &w.to_client(inner)).becomes(inner));
     }
+    rows.push(row(w, "error", &w.to_client(&error)).becomes(&error).counts_icmp(IcmpStat::ToPod));
     // The checksum of the outer UDP header is nobody's business.
     let checked = Ip::new(w.gateway, w.pod).udp((FOU, FOU), &data);
     rows.push(

@@ -9,8 +9,9 @@ use coil_common::{
     names,
     stats::{Direction, DropReason, GatewayStat, IcmpStat, egress_stat},
     values::{
-        ClientValue, Counter, EGRESS_BLOCK, EGRESS_DIRECT, EgressValue, FlowValue, GATEWAY_READY,
-        GatewayValue, MAGLEV_SLOTS, NatValue4, NatValue6, PodValue, PolicyValue, STATE_CONFIRMED,
+        ClientValue, Counter, EGRESS_BLOCK, EGRESS_DIRECT, EgressValue, FlowValue, FragmentValue,
+        GATEWAY_READY, GatewayValue, MAGLEV_SLOTS, NatValue4, NatValue6, PodValue, PolicyValue,
+        STATE_CONFIRMED,
     },
 };
 
@@ -23,6 +24,8 @@ use crate::testing::{
 
 /// Policy set of the pod.
 pub(super) const SET: u32 = 7;
+/// Seconds since boot.
+pub(super) const NOW: u32 = 1000;
 /// Generation of the gateway.
 pub(super) const GENERATION: u32 = 3;
 /// Largest packet in this world.
@@ -327,6 +330,28 @@ impl World {
         let map = self.pick(names::MAP_NAT_REVERSE_V4, names::MAP_NAT_REVERSE_V6);
         let tuple = (self.remote, self.gateway, (ports.1, port), protocol);
         self.nat_entry(map, tuple, (client, ports.0), nat)
+    }
+
+    /// A datagram of which the first fragment was seen; `id` is that of [`Ip`].
+    pub(super) fn datagram(
+        &self,
+        src: IpAddr,
+        dst: IpAddr,
+        ports: (u16, u16),
+        protocol: u8,
+        flags: u8,
+    ) -> Entry {
+        let value = FragmentValue {
+            src_port: ports.0.to_be_bytes(),
+            dst_port: ports.1.to_be_bytes(),
+            protocol,
+            flags,
+            pad: [0; 2],
+            seen: NOW,
+        };
+        let (map, id, number) =
+            self.pick((names::MAP_FRAGMENTS_V4, 0x1234, protocol), (names::MAP_FRAGMENTS_V6, 9, 44));
+        Entry { map, key: self.flow_key((src, dst, (0, id), number)), value: Value::of(&value) }
     }
 
     /// The map of reverse halves.
