@@ -220,7 +220,7 @@ impl Tables {
         map: &'static str,
         key: Key,
     ) -> Option<&'static (&'static str, Key)> {
-        self.live::<V>(map, &key).map(|_| &*leak((map, key)))
+        self.live::<V>(map, &key).map(|_| leak((map, key)))
     }
 
     pub(super) fn live<V: bytemuck::AnyBitPattern>(&self, map: &'static str, key: &Key) -> Option<V> {
