@@ -24,7 +24,7 @@ use coil_ebpf::{
     decide::{
         dropped,
         fast::{self, Usual},
-        from_pod,
+        fragment, from_pod,
         gateway::{self, Direction},
         inbound, to_pod,
     },
@@ -110,16 +110,22 @@ fn from_pod(ctx: TcContext) -> i32 {
     match ethertype(&mut skb) {
         Ok(EtherType::V4) => {
             let short = if served { fast_from_pod::<V4>(&ctx, pod) } else { Outcome::MISS };
-            let outcome = or(short, || from_pod_ip::<V4>(&ctx, pod, false));
+            let outcome = or(short, || {
+                let noted = served && note_first::<V4>(&mut skb);
+                from_pod_ip::<V4>(&ctx, pod, noted)
+            });
             let outcome = or_odd::<V4>(skb.raw, Hook::FromPod, outcome);
-            let outcome = or_again(outcome, || from_pod_ip::<V4>(&ctx, pod, true));
+            let outcome = or_again(outcome, || Outcome::drop(DropReason::ExtensionHeaders).0);
             finish::<V4>(&mut skb, HOOK_FROM_POD, outcome)
         }
         Ok(EtherType::V6) => {
             let short = if served { fast_from_pod::<V6>(&ctx, pod) } else { Outcome::MISS };
-            let outcome = or(short, || from_pod_ip::<V6>(&ctx, pod, false));
+            let outcome = or(short, || {
+                let noted = served && note_first::<V6>(&mut skb);
+                from_pod_ip::<V6>(&ctx, pod, noted)
+            });
             let outcome = or_odd::<V6>(skb.raw, Hook::FromPod, outcome);
-            let outcome = or_again(outcome, || from_pod_ip::<V6>(&ctx, pod, true));
+            let outcome = or_again(outcome, || Outcome::drop(DropReason::ExtensionHeaders).0);
             finish::<V6>(&mut skb, HOOK_FROM_POD, outcome)
         }
         Ok(EtherType::Other) | Err(_) => TC_ACT_UNSPEC,
@@ -231,6 +237,13 @@ fn or(short: u64, long: impl FnOnce() -> u64) -> u64 {
 #[inline(always)]
 fn or_again(outcome: u64, look: impl FnOnce() -> u64) -> u64 {
     if outcome == Outcome::FRAGMENT { look() } else { outcome }
+}
+
+/// Notes the datagram of which a packet from a pod is the first fragment, if it is.
+#[inline(always)]
+fn note_first<F: Build>(skb: &mut Skb) -> bool {
+    fragment::is_first::<F, _>(skb)
+        && or_odd::<F>(skb.raw, Hook::FromPod, Outcome::FRAGMENT) == Outcome::FRAGMENT
 }
 
 #[inline(never)]

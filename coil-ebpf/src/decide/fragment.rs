@@ -12,7 +12,9 @@
 use coil_common::{
     config::{CONFIG_SOURCE_PORT_AUTO, Config},
     stats::{Direction, DropReason, GatewayStat},
-    values::{EGRESS_SOURCE_PORT_AUTO, FRAGMENT_OPEN, FRAGMENT_SECONDS, FragmentValue, PodValue},
+    values::{
+        EGRESS_SOURCE_PORT_AUTO, FRAGMENT_OPEN, FRAGMENT_SECONDS, FragmentValue, POD_ANY_SOURCE, PodValue,
+    },
 };
 
 use super::{from_pod, gateway, wire};
@@ -158,7 +160,22 @@ fn exceeds<F: Family>(ip: &Ip<F>, mtu: u32) -> bool {
     ip.length > wire::inner_mtu::<F>(mtu)
 }
 
-/// Decides about a fragment from `pod`, after its source was checked.
+/// The packet is the first fragment of a datagram, with nothing in front of what says so. A program
+/// asks before it decides about a packet from a pod, so that it need not decide twice: that function is
+/// the largest that there is.
+#[inline(always)]
+pub fn is_first<F: Family, P: Packet>(packet: &mut P) -> bool {
+    if F::INDEX == 0 {
+        return packet.ensure(ETHERNET + F::HEADER).is_ok()
+            && packet.load::<2>(ETHERNET + 6).is_ok_and(|[a, b]| a & 0x3f == 0x20 && b == 0);
+    }
+    packet.ensure(ETHERNET + F::HEADER + 8).is_ok()
+        && packet.load::<2>(ETHERNET + 6).is_ok_and(|[next, _]| next == HEADER)
+        && packet.load::<2>(ETHERNET + F::HEADER + 2).is_ok_and(|[a, b]| a == 0 && b & 0xf9 == 1)
+}
+
+/// Decides about a later fragment from `pod`, after its source was checked, or notes the datagram of a
+/// first one.
 ///
 /// # Errors
 ///
@@ -174,7 +191,13 @@ pub fn from_pod<F: Parse + Build, P: Packet, T: NodeTables<F>>(
     let ip = F::parse(packet, ETHERNET)?;
     let now = tables.now();
     if ip.obstacle.is_none() {
-        return note(packet, &ip, now, tables);
+        if pod.flags & POD_ANY_SOURCE == 0 && !F::same(&ip.src, &F::of_pod(pod)) {
+            return Err(DropReason::SpoofedSource);
+        }
+        return match from_pod::policy(pod, &ip.dst, tables)? {
+            None => Ok(Verdict::Pass),
+            Some(_) => note(packet, &ip, now, tables),
+        };
     }
     let known = match follow(packet, &ip, now, tables) {
         Ok(flow) => tables.flow(flow.key()).map(|entry| (flow, entry)),

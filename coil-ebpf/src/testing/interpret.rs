@@ -3,7 +3,7 @@
 use coil_common::{
     config::Config,
     stats::{DropReason, GatewayStat, IcmpStat},
-    values::PodValue,
+    values::{NO_POLICY, PodValue},
 };
 
 use super::{
@@ -132,13 +132,16 @@ where
     let verdict = match (hook, pod) {
         (Hook::FromPod | Hook::ToPod, None) => return Ok(Action::Pass),
         (Hook::FromPod, Some(pod)) => {
+            if pod.set != NO_POLICY && fragment::is_first::<F, _>(packet) {
+                let noted = fragment::from_pod(packet, &pod, config, tables, &mut rewrite);
+                rewrite.noted = matches!(noted, Ok(Verdict::Fragment));
+            }
             let mut verdict = from_pod::from_pod(packet, &pod, config, tables, &mut rewrite)?;
             if matches!(verdict, Verdict::Fragment) {
                 verdict = fragment::from_pod(packet, &pod, config, tables, &mut rewrite)?;
             }
             if matches!(verdict, Verdict::Fragment) {
-                rewrite = Rewrite { noted: true, ..Rewrite::new() };
-                verdict = from_pod::from_pod(packet, &pod, config, tables, &mut rewrite)?;
+                return Err(DropReason::ExtensionHeaders);
             }
             verdict.map(|account: from_pod::Account<_>| Counted::Flow(Some(account)))
         }
