@@ -9,7 +9,9 @@ use aya_ebpf::{
         BPF_F_ADJ_ROOM_FIXED_GSO, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, BPF_F_RECOMPUTE_CSUM,
         bpf_adj_room_mode::BPF_ADJ_ROOM_MAC,
     },
-    helpers::generated::{bpf_csum_update, bpf_l4_csum_replace, bpf_skb_adjust_room, bpf_skb_store_bytes},
+    helpers::generated::{
+        bpf_csum_update, bpf_l4_csum_replace, bpf_skb_adjust_room, bpf_skb_load_bytes, bpf_skb_store_bytes,
+    },
 };
 use coil_common::stats::DropReason;
 use coil_ebpf::{
@@ -21,7 +23,7 @@ use coil_ebpf::{
     verdict::{IpEdit, Rewrite, Way},
 };
 
-use super::{Outcome, skb::Skb};
+use super::{Outcome, maps::HEADERS, skb::Skb};
 
 /// `-EALREADY`
 const ALREADY: i64 = -114;
@@ -220,7 +222,7 @@ pub(super) fn write_head<F: Family>(skb: &mut Skb, head: &F::Head) -> Result<(),
 
 /// Bytes after the Ethernet header that [`finish_checksum`] takes off: beyond the start of any UDP
 /// header that it is for.
-const SLICE: usize = 76;
+pub(super) const SLICE: usize = 76;
 
 /// Makes the kernel cut a GSO packet of UDP when it is next sent.
 ///
@@ -239,9 +241,15 @@ extern "C" fn finish_checksum(raw: *mut __sk_buff, overhead: u32) -> u32 {
         // So short that few datagrams are lost.
         return 1;
     }
-    let Ok(slice) = skb.words::<{ SLICE / 4 }>(ETHERNET) else {
+    // Not on the stack, of which callers need all.
+    let Some(slice) = HEADERS.get_ptr_mut(0) else {
         return 1;
     };
+    // SAFETY: the context of a running program is valid, and `slice` is as long as is said.
+    let loaded = unsafe { bpf_skb_load_bytes(raw.cast(), ETHERNET as u32, slice.cast(), SLICE as u32) };
+    if loaded != 0 {
+        return 1;
+    }
     let room = (overhead & 0x3f) as i32;
     let flags = u64::from(BPF_F_ADJ_ROOM_FIXED_GSO);
     let adjust = |bytes: i32| {
@@ -252,8 +260,6 @@ extern "C" fn finish_checksum(raw: *mut __sk_buff, overhead: u32) -> u32 {
         return 0;
     }
     // SAFETY: the context of a running program is valid, and `slice` is as long as is said.
-    let stored = unsafe {
-        bpf_skb_store_bytes(raw.cast(), ETHERNET as u32, core::ptr::from_ref(&slice).cast(), SLICE as u32, 0)
-    };
+    let stored = unsafe { bpf_skb_store_bytes(raw.cast(), ETHERNET as u32, slice.cast(), SLICE as u32, 0) };
     u32::from(stored == 0)
 }

@@ -16,7 +16,7 @@ use coil_common::{
 use coil_ebpf::packet::ETHERNET;
 
 use super::{
-    maps::{EVENT_BUDGETS, EVENTS, LISTENERS},
+    maps::{EVENT_BUDGETS, EVENT_SCRATCH, EVENTS, LISTENERS},
     skb::Skb,
 };
 
@@ -53,10 +53,16 @@ fn allowed(kind: u32, now: u32) -> bool {
     true
 }
 
-/// Counts an event as lost that found no room in the ring.
+/// Puts an event into the ring; one that finds no room counts as lost.
+///
+/// Events are written elsewhere first: verifiers before 6.3 tell one reservation in the ring from another, and
+/// so walk again through all that follows each of them.
 #[inline(always)]
-fn lost(kind: u32) {
-    if let Some(budget) = EVENT_BUDGETS.get_ptr_mut(event_budget(kind)) {
+fn send(event: *const Event, kind: u32) {
+    // SAFETY: the caller has it from the map, and it stays.
+    if EVENTS.output_untyped::<Event>(unsafe { &*event }, 0).is_err()
+        && let Some(budget) = EVENT_BUDGETS.get_ptr_mut(event_budget(kind))
+    {
         // SAFETY: a per-CPU value.
         unsafe { (*budget).lost += 1 }
     }
@@ -82,14 +88,12 @@ extern "C" fn report_drop(raw: *mut __sk_buff, hook: u32, reason: u32) -> u32 {
     }
     // SAFETY: the context of a running program is valid.
     let (ifindex, length) = unsafe { ((*raw).ifindex, (*raw).len) };
-    let Some(mut entry) = EVENTS.reserve_untyped::<Event>(0) else {
-        lost(EVENT_DROP);
+    let Some(event) = EVENT_SCRATCH.get_ptr_mut(0) else {
         return 0;
     };
-    let event: *mut Event = entry.as_mut_ptr();
     let length = if length > ETHERNET as u32 { length - ETHERNET as u32 } else { 0 };
     let captured = if length > EVENT_HEAD as u32 { EVENT_HEAD as u32 } else { length };
-    // SAFETY: `event` is reserved memory of this size, all of which is written but for bytes of `head`
+    // SAFETY: `event` is a per-CPU value of this size, all of which is written but for bytes of `head`
     // that do not count. The helper checks its range, and the verifier the bounds of `captured`.
     unsafe {
         start(event, EVENT_DROP, hook, now);
@@ -109,7 +113,7 @@ extern "C" fn report_drop(raw: *mut __sk_buff, hook: u32, reason: u32) -> u32 {
             }
         }
     }
-    entry.submit(0);
+    send(event, EVENT_DROP);
     0
 }
 
@@ -167,19 +171,17 @@ fn report_flow<K: FlowKey>(key: &K, egress: u32, gateway: u32, now: u32) {
     if !allowed(EVENT_FLOW, now) {
         return;
     }
-    let Some(mut entry) = EVENTS.reserve_untyped::<Event>(0) else {
-        lost(EVENT_FLOW);
+    let Some(event) = EVENT_SCRATCH.get_ptr_mut(0) else {
         return;
     };
-    let event: *mut Event = entry.as_mut_ptr();
-    // SAFETY: reserved memory of this size; a key is smaller than the head.
+    // SAFETY: a per-CPU value of this size; a key is smaller than the head.
     unsafe {
         start(event, EVENT_FLOW, HOOK_FROM_POD, now);
         (*event).egress = egress;
         (*event).gateway = gateway;
         put_key(event, key);
     }
-    entry.submit(0);
+    send(event, EVENT_FLOW);
 }
 
 /// Reports a new translation of a gateway.
@@ -195,19 +197,17 @@ fn report_translation<K: FlowKey, const N: usize>(key: &K, addr: &[u8; N], port:
     if !allowed(EVENT_FLOW, now) {
         return;
     }
-    let Some(mut entry) = EVENTS.reserve_untyped::<Event>(0) else {
-        lost(EVENT_FLOW);
+    let Some(event) = EVENT_SCRATCH.get_ptr_mut(0) else {
         return;
     };
-    let event: *mut Event = entry.as_mut_ptr();
-    // SAFETY: reserved memory of this size; an address has 4 or 16 bytes.
+    // SAFETY: a per-CPU value of this size; an address has 4 or 16 bytes.
     unsafe {
         start(event, EVENT_FLOW, HOOK_GATEWAY, now);
         (&raw mut (*event).addr).cast::<[u8; N]>().write(*addr);
         (*event).port = port.to_ne_bytes();
         put_key(event, key);
     }
-    entry.submit(0);
+    send(event, EVENT_FLOW);
 }
 
 /// Writes the key of an event.
@@ -218,9 +218,14 @@ fn report_translation<K: FlowKey, const N: usize>(key: &K, addr: &[u8; N], port:
 #[inline(always)]
 unsafe fn put_key<K: FlowKey>(event: *mut Event, key: &K) {
     const { assert!(size_of::<K>() <= EVENT_HEAD && size_of::<K>() % 4 == 0) };
-    // SAFETY: the caller's; keys are built of words on the stack.
+    const { assert!(core::mem::offset_of!(Event, head) % 4 == 0) };
+    // SAFETY: the caller's; keys are built of words, and so aligned like these.
     unsafe {
-        (&raw mut (*event).head).cast::<K>().write_unaligned(*key);
+        let (from, to) = (core::ptr::from_ref(key).cast::<u32>(), (&raw mut (*event).head).cast::<u32>());
+        // Straight from there to here: a copy in between would take stack that callers need.
+        for word in 0..size_of::<K>() / 4 {
+            to.add(word).write_volatile(from.add(word).read());
+        }
         (*event).family = K::FAMILY;
         (*event).captured = size_of::<K>() as u8;
     }

@@ -8,7 +8,7 @@ use aya_ebpf::{
     maps::lpm_trie::Key,
 };
 use coil_common::{
-    events::{EVENT_RING, EventBudget, Listener},
+    events::{EVENT_RING, Event, EventBudget, Listener},
     keys::{
         ClientKey4, ClientKey6, FlowKey4, FlowKey6, POLICY_SET_BITS, PeerKey4, PeerKey6, PolicyKey4,
         PolicyKey6,
@@ -25,7 +25,7 @@ use coil_ebpf::{
     tables::{Clock, Fragments, Full, NatTables, NodeTables, ReserveError, Tally, Translation},
 };
 
-use super::{atomic, events};
+use super::{apply, atomic, events};
 
 const NO_PREALLOC: usize = BPF_F_NO_PREALLOC as usize;
 
@@ -84,6 +84,10 @@ pub(super) static EVENTS: RingBuf<(), EVENT_RING> = RingBuf::new();
 pub(super) static LISTENERS: Array<Listener, 1> = Array::new();
 #[btf_map(name = "event_budgets")]
 pub(super) static EVENT_BUDGETS: PerCpuArray<EventBudget, 2> = PerCpuArray::new();
+#[btf_map(name = "headers")]
+pub(super) static HEADERS: PerCpuArray<[u8; apply::SLICE], 1> = PerCpuArray::new();
+#[btf_map(name = "event_scratch")]
+pub(super) static EVENT_SCRATCH: PerCpuArray<Event, 1> = PerCpuArray::new();
 
 /// `-EEXIST`
 const EXISTS: i32 = -17;

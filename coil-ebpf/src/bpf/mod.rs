@@ -10,7 +10,7 @@ mod refuse;
 mod skb;
 
 use aya_ebpf::{
-    bindings::{TC_ACT_SHOT, TC_ACT_UNSPEC},
+    bindings::{__sk_buff, TC_ACT_SHOT, TC_ACT_UNSPEC},
     macros::classifier,
     programs::TcContext,
 };
@@ -28,7 +28,7 @@ use coil_ebpf::{
         gateway::{self, Direction},
         inbound, to_pod,
     },
-    family::{V4, V6},
+    family::{Family, V4, V6},
     head::Build,
     parse::{
         Parse,
@@ -112,7 +112,7 @@ fn from_pod(ctx: TcContext) -> i32 {
             let short = if served { fast_from_pod::<V4>(&ctx, pod) } else { Outcome::MISS };
             let outcome = or(short, || {
                 let noted = served && note_first::<V4>(&mut skb);
-                from_pod_ip::<V4>(&ctx, pod, noted)
+                from_pod_v4(skb.raw, noted.into())
             });
             let outcome = or_odd::<V4>(skb.raw, Hook::FromPod, outcome);
             let outcome = or_again(outcome, || Outcome::drop(DropReason::ExtensionHeaders).0);
@@ -122,7 +122,7 @@ fn from_pod(ctx: TcContext) -> i32 {
             let short = if served { fast_from_pod::<V6>(&ctx, pod) } else { Outcome::MISS };
             let outcome = or(short, || {
                 let noted = served && note_first::<V6>(&mut skb);
-                from_pod_ip::<V6>(&ctx, pod, noted)
+                from_pod_v6(skb.raw, noted.into())
             });
             let outcome = or_odd::<V6>(skb.raw, Hook::FromPod, outcome);
             let outcome = or_again(outcome, || Outcome::drop(DropReason::ExtensionHeaders).0);
@@ -147,10 +147,10 @@ fn to_pod(ctx: TcContext) -> i32 {
                 if inbound::notes(pod) {
                     note_inbound::<V4>(&ctx, pod);
                 }
-                to_pod_ip::<V4>(&ctx, pod, false)
+                to_pod_v4(skb.raw, 0)
             });
             let outcome = or_odd::<V4>(skb.raw, Hook::ToPod, outcome);
-            let outcome = or_again(outcome, || to_pod_ip::<V4>(&ctx, pod, true));
+            let outcome = or_again(outcome, || to_pod_v4(skb.raw, 1));
             finish::<V4>(&mut skb, HOOK_TO_POD, outcome)
         }
         Ok(EtherType::V6) => {
@@ -159,10 +159,10 @@ fn to_pod(ctx: TcContext) -> i32 {
                 if inbound::notes(pod) {
                     note_inbound::<V6>(&ctx, pod);
                 }
-                to_pod_ip::<V6>(&ctx, pod, false)
+                to_pod_v6(skb.raw, 0)
             });
             let outcome = or_odd::<V6>(skb.raw, Hook::ToPod, outcome);
-            let outcome = or_again(outcome, || to_pod_ip::<V6>(&ctx, pod, true));
+            let outcome = or_again(outcome, || to_pod_v6(skb.raw, 1));
             finish::<V6>(&mut skb, HOOK_TO_POD, outcome)
         }
         Ok(EtherType::Other) | Err(_) => TC_ACT_UNSPEC,
@@ -282,14 +282,51 @@ where
     hit!(ctx, |skb: &Skb, rewrite: &mut Rewrite<F>| fast::back(skb, config(), &Maps, rewrite))
 }
 
-// Each family's part of a program is a function of its own, so that its stack is its own.
+// Each family's part of a program is a function of its own, so that its stack is its own. These have nothing but
+// the packet and a number from their caller: the verifier looks at them once, whatever came before.
 
-#[inline(never)]
-fn from_pod_ip<F: Parse + Build>(ctx: &TcContext, pod: &PodValue, noted: bool) -> u64
+macro_rules! functions {
+    ($($v4:ident, $v6:ident: $run:ident;)+) => {$(
+        #[unsafe(no_mangle)]
+        #[inline(never)]
+        extern "C" fn $v4(raw: *mut __sk_buff, noted: u32) -> u64 {
+            $run::<V4>(raw, noted != 0)
+        }
+
+        #[unsafe(no_mangle)]
+        #[inline(never)]
+        extern "C" fn $v6(raw: *mut __sk_buff, noted: u32) -> u64 {
+            $run::<V6>(raw, noted != 0)
+        }
+    )+};
+}
+
+functions! {
+    from_pod_v4, from_pod_v6: from_pod_ip;
+    to_pod_v4, to_pod_v6: to_pod_ip;
+    gateway_out_v4, gateway_out_v6: gateway_out;
+    gateway_back_v4, gateway_back_v6: gateway_back;
+}
+
+#[inline(always)]
+fn out<F: Family>(raw: *mut __sk_buff, noted: u32) -> u64 {
+    if F::INDEX == 0 { gateway_out_v4(raw, noted) } else { gateway_out_v6(raw, noted) }
+}
+
+#[inline(always)]
+fn back<F: Family>(raw: *mut __sk_buff, noted: u32) -> u64 {
+    if F::INDEX == 0 { gateway_back_v4(raw, noted) } else { gateway_back_v6(raw, noted) }
+}
+
+#[inline(always)]
+fn from_pod_ip<F: Parse + Build>(raw: *mut __sk_buff, noted: bool) -> u64
 where
     Maps: NodeTables<F>,
 {
-    let mut skb = Skb::new(ctx);
+    let mut skb = Skb::of(raw);
+    let Some(pod) = maps::pod(skb.ifindex()) else {
+        return Outcome::PASS.0;
+    };
     let mut rewrite = Rewrite::new();
     rewrite.noted = noted;
     act!(
@@ -300,12 +337,15 @@ where
     )
 }
 
-#[inline(never)]
-fn to_pod_ip<F: Outer + Build>(ctx: &TcContext, pod: &PodValue, noted: bool) -> u64
+#[inline(always)]
+fn to_pod_ip<F: Outer + Build>(raw: *mut __sk_buff, noted: bool) -> u64
 where
     Maps: NodeTables<F>,
 {
-    let mut skb = Skb::new(ctx);
+    let mut skb = Skb::of(raw);
+    let Some(pod) = maps::pod(skb.ifindex()) else {
+        return Outcome::PASS.0;
+    };
     let mut rewrite = Rewrite::new();
     rewrite.noted = noted;
     act!(
@@ -335,25 +375,25 @@ where
 {
     match gateway::direction::<F, _>(skb, config()) {
         Direction::Out => {
-            let outcome = or(fast_out::<F>(ctx), || gateway_out::<F>(ctx, false));
+            let outcome = or(fast_out::<F>(ctx), || out::<F>(skb.raw, 0));
             let outcome = or_odd::<F>(skb.raw, Hook::Out, outcome);
-            or_again(outcome, || gateway_out::<F>(ctx, true))
+            or_again(outcome, || out::<F>(skb.raw, 1))
         }
         Direction::Back => {
-            let outcome = or(fast_back::<F>(ctx), || gateway_back::<F>(ctx, false));
+            let outcome = or(fast_back::<F>(ctx), || back::<F>(skb.raw, 0));
             let outcome = or_odd::<F>(skb.raw, Hook::Back, outcome);
-            or_again(outcome, || gateway_back::<F>(ctx, true))
+            or_again(outcome, || back::<F>(skb.raw, 1))
         }
         Direction::Neither => Outcome::PASS.0,
     }
 }
 
-#[inline(never)]
-fn gateway_out<F: Outer + Build>(ctx: &TcContext, noted: bool) -> u64
+#[inline(always)]
+fn gateway_out<F: Outer + Build>(raw: *mut __sk_buff, noted: bool) -> u64
 where
     Maps: NatTables<F>,
 {
-    let mut skb = Skb::new(ctx);
+    let mut skb = Skb::of(raw);
     let mut rewrite = Rewrite::new();
     rewrite.noted = noted;
     act!(
@@ -364,12 +404,12 @@ where
     )
 }
 
-#[inline(never)]
-fn gateway_back<F: Outer + Build>(ctx: &TcContext, noted: bool) -> u64
+#[inline(always)]
+fn gateway_back<F: Outer + Build>(raw: *mut __sk_buff, noted: bool) -> u64
 where
     Maps: NatTables<F>,
 {
-    let mut skb = Skb::new(ctx);
+    let mut skb = Skb::of(raw);
     let mut rewrite = Rewrite::new();
     rewrite.noted = noted;
     act!(
