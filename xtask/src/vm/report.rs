@@ -74,13 +74,6 @@ impl Report {
         }
     }
 
-    /// How many tests of a program ran.
-    pub fn ran(&self, program: &str) -> u64 {
-        let of_program = |name: &str| name.split_once("::").is_some_and(|(known, _)| known == program);
-        let found = self.outcomes.iter().filter(|(name, _)| of_program(name)).count();
-        u64::try_from(found).unwrap_or(u64::MAX)
-    }
-
     /// Counts; a test whose outcome cannot be read makes a failure.
     pub fn tally(&self) -> Tally {
         let count = |wanted| {
@@ -171,7 +164,6 @@ mod tests {
             report.line(line);
         }
         assert_eq!(report.tally(), Tally { passed: 2, failed: 1, ignored: 0 });
-        assert_eq!((report.ran("privileged"), report.ran("interop")), (3, 0));
         assert_eq!(report.outcomes[1], ("privileged::a::c".to_owned(), Outcome::Passed));
         assert!(table(&[report]).contains("2/1/0"));
     }
