@@ -25,6 +25,7 @@ pub const LAB: &[Tool] = &[
     tool("ip", "iproute2"),
     tool("tc", "iproute2"),
     tool("ping", "iputils-ping"),
+    tool("traceroute", "traceroute"),
     tool("ethtool", "ethtool"),
     tool("bpftool", "bpftool"),
     tool("kubectl", "kubernetes-client"),

@@ -7,6 +7,7 @@
 mod bad_input;
 mod choice;
 mod closed_doors;
+mod errors;
 mod gateways;
 mod offloads;
 mod path_mtu;
@@ -33,6 +34,7 @@ fn main() -> ExitCode {
         policy::scenarios(),
         closed_doors::scenarios(),
         path_mtu::scenarios(),
+        errors::scenarios(),
         bad_input::scenarios(),
         offloads::scenarios(),
         udp_gso::scenarios(),

@@ -29,8 +29,10 @@ const FEATURES: [&str; 5] = ["tso", "gso", "gro", "tx", "tx-udp-segmentation"];
 pub struct Hop {
     /// For messages.
     pub what: &'static str,
-    place: Target,
-    interface: String,
+    /// Where it is.
+    pub place: Target,
+    /// Its name there.
+    pub interface: String,
 }
 
 async fn transfers(lab: &Lab, namespace: &str, gateway_node: &str) -> Result<()> {
