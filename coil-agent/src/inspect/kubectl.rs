@@ -1,6 +1,9 @@
 //! `kubectl coil`: the same commands from where `kubectl` works, run on the nodes by `kubectl exec`.
 //!
 //! Where this node has a datapath of its own nothing is sent anywhere.
+//!
+//! This is the one place that starts another program: a plugin of kubectl does well to ask kubectl, which knows the
+//! operator's contexts, credentials and proxies. Daemons never come here.
 
 use std::ffi::OsString;
 use std::io;
