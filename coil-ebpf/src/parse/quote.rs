@@ -121,6 +121,8 @@ impl Quoted for V4 {
 
     #[inline(always)]
     fn quoted_ip<P: Packet>(packet: &mut P, at: usize, end: usize) -> Result<Quote<Self>, DropReason> {
+        // What the compiler knows of its bits it would add to by "or", which verifiers do not follow.
+        let at = core::hint::black_box(at);
         if at + Self::HEADER > end {
             return Err(DropReason::IcmpQuote);
         }
@@ -151,6 +153,8 @@ impl Quoted for V6 {
 
     #[inline(always)]
     fn quoted_ip<P: Packet>(packet: &mut P, at: usize, end: usize) -> Result<Quote<Self>, DropReason> {
+        // What the compiler knows of its bits it would add to by "or", which verifiers do not follow.
+        let at = core::hint::black_box(at);
         if at + Self::HEADER > end {
             return Err(DropReason::IcmpQuote);
         }
