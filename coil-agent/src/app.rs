@@ -137,10 +137,11 @@ async fn until<E>(drain: Drain, task: impl Future<Output = Result<(), E>> + Send
 }
 
 async fn open_datapath(client: &Client, node: &str, args: DatapathArgs) -> anyhow::Result<NodeDatapath> {
-    let DatapathArgs { egress_port, bpffs_root, max_flows, icmp } = args;
+    let DatapathArgs { egress_port, bpffs_root, max_flows, icmp, shortcut } = args;
     let (node_ipv4, node_ipv6) = node_addresses(client, node).await;
     tracing::info!(?node_ipv4, ?node_ipv6, "source of ICMP errors to pods");
-    let options = NodeOptions { bpffs_root, fou_port: egress_port, node_ipv4, node_ipv6, max_flows, icmp };
+    let options =
+        NodeOptions { bpffs_root, fou_port: egress_port, node_ipv4, node_ipv6, max_flows, icmp, shortcut };
     tokio::task::spawn_blocking(move || NodeDatapath::open(options))
         .await?
         .context("cannot open the datapath")
@@ -222,6 +223,7 @@ fn remove(bpffs_root: PathBuf, pins: PathBuf) -> anyhow::Result<()> {
         node_ipv6: None,
         max_flows: u32::try_from(coil_common::names::MAX_FLOWS)?,
         icmp: IcmpLimit::default(),
+        shortcut: false,
     };
     let nothing = DesiredState { complete: true, ..DesiredState::default() };
     // Programs that hang on filters, not on links, must be taken away one by one.

@@ -73,6 +73,11 @@ pub struct DatapathArgs {
     /// ICMP errors to pods.
     #[command(flatten)]
     pub icmp: IcmpLimit,
+    /// Send tunnelled packets of flows that were answered past the node's IP stack: what filters, IPsec
+    /// and counters of the stack see is the first packet of each flow and tick (16 to 160 ms).
+    #[arg(long, env = "COIL_SHORTCUT", default_value_t = false, action = ArgAction::Set,
+          num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    pub shortcut: bool,
 }
 
 fn default_flows() -> u32 {

@@ -45,5 +45,7 @@ pub const DEFAULT_ICMP_BURST: u32 = 100;
 pub const CONFIG_SOURCE_PORT_AUTO: u32 = 1 << 0;
 /// [`Config::flags`]: a gateway hands packets to the other end of its interface, past its own egress.
 pub const CONFIG_REDIRECT_PEER: u32 = 1 << 8;
+/// [`Config::flags`]: a node sends tunnelled packets of flows that were answered past its IP stack.
+pub const CONFIG_SHORTCUT: u32 = 1 << 9;
 
 shared! { Config = 56 }

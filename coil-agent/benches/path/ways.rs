@@ -41,8 +41,9 @@ impl Way {
                 }
             }
             "vxlan" => vxlan(&topology),
-            "coil" => ours = Some(coil(&topology)?),
-            _ => bail!("no way {name}: direct, nat, fou, vxlan, coil"),
+            "coil" => ours = Some(coil(&topology, false)?),
+            "coil-shortcut" => ours = Some(coil(&topology, true)?),
+            _ => bail!("no way {name}: direct, nat, fou, vxlan, coil, coil-shortcut"),
         }
         Ok(Self { name: name.to_owned(), topology, translates: name != "direct", _ours: ours })
     }
@@ -112,9 +113,10 @@ fn masquerade(topology: &Topology, v6: bool) {
     kernel::masquerade(space, own);
 }
 
-fn coil(topology: &Topology) -> Result<(NodeDatapath, GatewayDatapath)> {
+fn coil(topology: &Topology, shortcut: bool) -> Result<(NodeDatapath, GatewayDatapath)> {
     let mut options = topology.node_options();
     options.max_flows = CAPACITY;
+    options.shortcut = shortcut;
     let state = topology.state();
     let node = topology.node.run(move || {
         let mut node = NodeDatapath::open(options)?;

@@ -52,7 +52,7 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 use std::path::PathBuf;
 
 use aya::programs::{ProgramFd, ProgramInfo};
-use coil_common::config::Config;
+use coil_common::config::{CONFIG_SHORTCUT, Config};
 use coil_common::names;
 use ipnet::IpNet;
 use nix::time::{ClockId, clock_gettime};
@@ -91,6 +91,8 @@ pub struct NodeOptions {
     pub max_flows: u32,
     /// Bounds of ICMP errors.
     pub icmp: IcmpLimit,
+    /// Tunnelled packets of flows that were answered go past the node's IP stack.
+    pub shortcut: bool,
 }
 
 /// What [`Datapath::apply`] did.
@@ -246,13 +248,14 @@ impl NodeDatapath {
 
     /// The same with a way of attaching other than the kernel's best; for tests of the other way.
     pub fn open_with(options: NodeOptions, mode: Option<AttachMode>) -> Result<Self, DatapathError> {
-        let NodeOptions { bpffs_root, fou_port, node_ipv4, node_ipv6, max_flows, icmp } = options;
+        let NodeOptions { bpffs_root, fou_port, node_ipv4, node_ipv6, max_flows, icmp, shortcut } = options;
         let folder = PinFolder::open(&bpffs_root, IfUnmounted::Refuse)?;
         let lock = folder.lock()?;
         let mut config = Config {
             ipv4: node_ipv4.map_or([0; 4], |address| address.octets()),
             ipv6: node_ipv6.map_or([0; 16], |address| address.octets()),
             fou_port: fou_port.to_be_bytes(),
+            flags: if shortcut { CONFIG_SHORTCUT } else { 0 },
             seed: boot_seed()?,
             ..Config::default()
         };

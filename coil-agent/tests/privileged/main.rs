@@ -9,6 +9,7 @@ mod netlink;
 mod pins;
 mod restart;
 mod scenarios;
+mod shortcut;
 mod support;
 mod traffic;
 mod upgrade;

@@ -7,6 +7,7 @@ mod maps;
 mod notes;
 mod odd;
 mod refuse;
+mod shortcut;
 mod skb;
 
 use aya_ebpf::{
@@ -15,10 +16,10 @@ use aya_ebpf::{
     programs::TcContext,
 };
 use coil_common::{
-    config::Config,
+    config::{CONFIG_SHORTCUT, Config},
     events::{HOOK_FROM_POD, HOOK_GATEWAY, HOOK_TO_POD},
     stats::DropReason,
-    values::{NO_POLICY, PodValue},
+    values::{NO_POLICY, POD_GATEWAY, PodValue},
 };
 use coil_ebpf::{
     decide::{
@@ -26,7 +27,9 @@ use coil_ebpf::{
         fast::{self, Usual},
         fragment, from_pod,
         gateway::{self, Direction},
-        inbound, to_pod,
+        inbound,
+        shortcut::is_reply,
+        to_pod,
     },
     family::{Family, V4, V6},
     head::Build,
@@ -62,6 +65,8 @@ impl Outcome {
     const ICMP: u64 = 6;
     /// The short way does not know; nothing has changed.
     const MISS: u64 = 4;
+    /// It is tunnelled, belongs to a flow that was answered, and may leave past the stack.
+    const ONWARD: u64 = 7;
 
     /// It is dropped.
     #[inline(always)]
@@ -109,7 +114,10 @@ fn from_pod(ctx: TcContext) -> i32 {
     let served = pod.set != NO_POLICY;
     match ethertype(&mut skb) {
         Ok(EtherType::V4) => {
-            let short = if served { fast_from_pod::<V4>(&ctx, pod) } else { Outcome::MISS };
+            let short = if served { fast_from_pod::<V4>(&ctx, pod) } else { unserved::<V4>(&ctx, pod) };
+            if short == Outcome::ONWARD {
+                return shortcut::onward::<V4>(&skb);
+            }
             let outcome = or(short, || {
                 let noted = served && note_first::<V4>(&mut skb);
                 from_pod_v4(skb.raw, noted.into())
@@ -119,7 +127,10 @@ fn from_pod(ctx: TcContext) -> i32 {
             finish::<V4>(&mut skb, HOOK_FROM_POD, outcome)
         }
         Ok(EtherType::V6) => {
-            let short = if served { fast_from_pod::<V6>(&ctx, pod) } else { Outcome::MISS };
+            let short = if served { fast_from_pod::<V6>(&ctx, pod) } else { unserved::<V6>(&ctx, pod) };
+            if short == Outcome::ONWARD {
+                return shortcut::onward::<V6>(&skb);
+            }
             let outcome = or(short, || {
                 let noted = served && note_first::<V6>(&mut skb);
                 from_pod_v6(skb.raw, noted.into())
@@ -251,9 +262,28 @@ fn fast_from_pod<F: Usual>(ctx: &TcContext, pod: &PodValue) -> u64
 where
     Maps: NodeTables<F>,
 {
-    hit!(ctx, |skb: &Skb, rewrite: &mut Rewrite<F>| {
-        fast::from_pod(skb, pod, config(), &Maps, rewrite).map(Some)
-    })
+    let mut answered = false;
+    let outcome = hit!(ctx, |skb: &Skb, rewrite: &mut Rewrite<F>| {
+        let hit = fast::from_pod(skb, pod, config(), &Maps, rewrite)?;
+        answered = hit.answered;
+        Some(Some(hit))
+    });
+    if answered && outcome == Outcome::PASS.0 && config().flags & CONFIG_SHORTCUT != 0 {
+        return Outcome::ONWARD;
+    }
+    outcome
+}
+
+/// The short way of packets from a pod without policy; those that a gateway has tunnelled may leave past
+/// the stack.
+#[inline(never)]
+fn unserved<F: Usual>(ctx: &TcContext, pod: &PodValue) -> u64 {
+    let skb = Skb::new(ctx);
+    let Some(ip) = fast::unserved::<F, _>(&skb, pod) else {
+        return Outcome::MISS;
+    };
+    let may = pod.flags == POD_GATEWAY && config().flags & CONFIG_SHORTCUT != 0;
+    if may && is_reply(&skb, &ip, config()) { Outcome::ONWARD } else { Outcome::PASS.0 }
 }
 
 #[inline(never)]
@@ -448,7 +478,7 @@ fn panic(_info: &core::panic::PanicInfo<'_>) -> ! {
     loop {}
 }
 
-/// Like the rest of the project; no helper in use asks for the GPL.
+/// The kernel lets only programs under the GPL ask for routes (`bpf_fib_lookup`); see `LICENSE-GPL-2.0`.
 #[unsafe(link_section = "license")]
 #[unsafe(no_mangle)]
-static LICENSE: [u8; 4] = *b"MIT\0";
+static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";

@@ -197,6 +197,8 @@ pub struct FlowHit<H> {
     direction: Direction,
     packets: u32,
     bytes: u32,
+    /// The flow was answered.
+    pub answered: bool,
 }
 
 impl<H: Copy> FlowHit<H> {
@@ -206,6 +208,14 @@ impl<H: Copy> FlowHit<H> {
         tables.hit_flow(self.flow, self.direction, self.packets, self.bytes);
         tables.hit_egress(self.egress, self.direction, self.packets, self.bytes);
     }
+}
+
+/// The header of a packet from a pod without policy, if it is one that passes: it has the pod's address.
+#[inline(always)]
+pub fn unserved<F: Usual, P: Packet>(packet: &P, pod: &PodValue) -> Option<Ip<F>> {
+    let view = packet.view(ETHERNET + F::HEADER)?;
+    let ip = F::usual(&view, ETHERNET, packet.length())?;
+    F::same(&ip.src, &F::of_pod(pod)).then_some(ip)
 }
 
 /// Decides about a packet from `pod`.
@@ -248,6 +258,7 @@ pub fn from_pod<F: Usual, P: Packet, T: NodeTables<F>>(
         direction: Direction::Tx,
         packets: tally.packets,
         bytes: tally.bytes,
+        answered: value.state & STATE_REPLY != 0,
     })
 }
 
@@ -309,6 +320,7 @@ pub fn to_pod<F: Usual, P: Packet, T: NodeTables<F>>(
         direction: Direction::Rx,
         packets: tally.packets,
         bytes: tally.bytes,
+        answered: true,
     })
 }
 

@@ -77,6 +77,9 @@ where
     let mut rewrite = Rewrite::<F>::new();
     let pod = || tables.pod(ifindex);
     match hook {
+        Hook::FromPod if pod()?.set == NO_POLICY => {
+            fast::unserved::<F, _>(packet, &pod()?)?;
+        }
         Hook::FromPod => {
             let hit = fast::from_pod(packet, &pod()?, config, tables, &mut rewrite)?;
             apply(packet, &rewrite);

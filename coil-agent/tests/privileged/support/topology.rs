@@ -130,6 +130,7 @@ impl Topology {
             node_ipv6: Some(Ipv6Addr::new(0xfd00, 1, 0, 0, 0, 0, 0, 1)),
             max_flows: 4096,
             icmp: IcmpLimit::default(),
+            shortcut: false,
         }
     }
 
