@@ -20,7 +20,7 @@ use crate::cni::error::causes;
 use crate::cni::pod::Pods;
 use crate::cni::proto::cni_server::SERVICE_NAME;
 use crate::cni::server;
-use crate::datapath::{Datapath, DatapathError, IcmpLimit, NodeDatapath, NodeOptions, PinError};
+use crate::datapath::{Datapath, DatapathError, IcmpLimit, NodeDatapath, NodeOptions, PinError, TunnelKind};
 use crate::desired::DesiredState;
 use crate::desired::build::Picture;
 use crate::desired::prefer::Place;
@@ -137,11 +137,19 @@ async fn until<E>(drain: Drain, task: impl Future<Output = Result<(), E>> + Send
 }
 
 async fn open_datapath(client: &Client, node: &str, args: DatapathArgs) -> anyhow::Result<NodeDatapath> {
-    let DatapathArgs { egress_port, bpffs_root, max_flows, icmp, shortcut } = args;
+    let DatapathArgs { egress_port, tunnel, bpffs_root, max_flows, icmp, shortcut } = args;
     let (node_ipv4, node_ipv6) = node_addresses(client, node).await;
     tracing::info!(?node_ipv4, ?node_ipv6, "source of ICMP errors to pods");
-    let options =
-        NodeOptions { bpffs_root, fou_port: egress_port, node_ipv4, node_ipv6, max_flows, icmp, shortcut };
+    let options = NodeOptions {
+        bpffs_root,
+        fou_port: egress_port,
+        tunnel,
+        node_ipv4,
+        node_ipv6,
+        max_flows,
+        icmp,
+        shortcut,
+    };
     tokio::task::spawn_blocking(move || NodeDatapath::open(options))
         .await?
         .context("cannot open the datapath")
@@ -219,6 +227,7 @@ fn remove(bpffs_root: PathBuf, pins: PathBuf) -> anyhow::Result<()> {
     let options = NodeOptions {
         bpffs_root,
         fou_port: 5555,
+        tunnel: TunnelKind::default(),
         node_ipv4: None,
         node_ipv6: None,
         max_flows: u32::try_from(coil_common::names::MAX_FLOWS)?,

@@ -7,7 +7,7 @@ use coil_common::names;
 use coil_runtime::admin::ListenAddr;
 use coil_runtime::telemetry::LogArgs;
 
-use crate::datapath::IcmpLimit;
+use crate::datapath::{IcmpLimit, TunnelKind};
 
 /// The node agent of Coil: keeps the datapath of this node as Pods and Egresses ask for.
 ///
@@ -64,6 +64,10 @@ pub struct DatapathArgs {
     /// UDP port of the tunnels between client pods and egress pods.
     #[arg(long, env = "COIL_EGRESS_PORT_NUMBER", default_value_t = 5555, value_parser = clap::value_parser!(u16).range(1..))]
     pub egress_port: u16,
+    /// Tunnel by which pods of this node send to egress pods. Both kinds are received, and egress pods
+    /// answer by the kind that they are spoken to by.
+    #[arg(long, env = "COIL_TUNNEL", value_enum, default_value_t)]
+    pub tunnel: TunnelKind,
     /// Folder for pinned maps and links, on a BPF file system of the node.
     #[arg(long, env = "COIL_BPFFS_ROOT", default_value = names::PIN_ROOT)]
     pub bpffs_root: PathBuf,
@@ -204,5 +208,7 @@ mod tests {
         assert_eq!(args.check(), Ok(()));
         assert_eq!(args.legacy.given(), ["pod_table_id", "protocol_id", "compat_calico", "backend"]);
         assert_eq!(args.datapath.egress_port, 5555);
+        assert_eq!(args.datapath.tunnel, TunnelKind::Fou);
+        assert_eq!(parse(&["--tunnel=ipip"]).datapath.tunnel, TunnelKind::Ipip);
     }
 }

@@ -43,6 +43,9 @@ pub const DEFAULT_ICMP_BURST: u32 = 100;
 
 /// [`Config::flags`]: a gateway derives the outer source port of replies from the flow.
 pub const CONFIG_SOURCE_PORT_AUTO: u32 = 1 << 0;
+/// [`Config::flags`]: pods of the node send to gateways by IP in IP, not by FOU. Both are received, and a
+/// gateway answers as it was spoken to.
+pub const CONFIG_IPIP: u32 = 1 << 1;
 /// [`Config::flags`]: a gateway hands packets to the other end of its interface, past its own egress.
 pub const CONFIG_REDIRECT_PEER: u32 = 1 << 8;
 /// [`Config::flags`]: a node sends tunnelled packets of flows that were answered past its IP stack.

@@ -60,6 +60,8 @@ pub const MAP_FRAGMENTS_V4: &str = "fragments_v4";
 pub const MAP_FRAGMENTS_V6: &str = "fragments_v6";
 /// Per-CPU array of `Counter`, index: `IcmpStat`.
 pub const MAP_ICMP_STATS: &str = "icmp_stats";
+/// `STATE_ENCAP` bits of all kinds of tunnels that clients of a gateway have ever used: array of one `u32`.
+pub const MAP_ENCAPS: &str = "encaps";
 /// Copy of the configuration that the programs were last loaded with, for tools: array of one
 /// `ConfigValue`.
 pub const MAP_CONFIG: &str = "config";
@@ -109,6 +111,7 @@ pub const GATEWAY_MAPS: &[&str] = &[
     MAP_NAT_REVERSE_V4,
     MAP_NAT_REVERSE_V6,
     MAP_GATEWAY_STATS,
+    MAP_ENCAPS,
     MAP_FRAGMENTS_V4,
     MAP_FRAGMENTS_V6,
     MAP_ICMP_STATS,

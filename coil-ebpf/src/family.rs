@@ -40,6 +40,8 @@ pub trait Family: Copy + Debug + PartialEq + Eq + 'static {
     const SRC_AT: usize;
     /// Offset of the destination address in the IP header.
     const DST_AT: usize;
+    /// Protocol number of this family's packets in a packet of this family.
+    const IPIP: u8;
     /// Protocol number of this family's ICMP.
     const ICMP: u8;
     /// ICMP type of an echo request.
@@ -192,6 +194,7 @@ impl Family for V4 {
     const CHECK_AT: Option<usize> = Some(10);
     const SRC_AT: usize = 12;
     const DST_AT: usize = 16;
+    const IPIP: u8 = 4;
     const ICMP: u8 = 1;
     const ECHO_REQUEST: u8 = 8;
     const ECHO_REPLY: u8 = 0;
@@ -345,6 +348,7 @@ impl Family for V6 {
     const CHECK_AT: Option<usize> = None;
     const SRC_AT: usize = 8;
     const DST_AT: usize = 24;
+    const IPIP: u8 = 41;
     const ICMP: u8 = 58;
     const ECHO_REQUEST: u8 = 128;
     const ECHO_REPLY: u8 = 129;

@@ -1,10 +1,12 @@
 //! Headers that the datapath writes: those of the tunnel, and those of ICMP errors.
 //!
 //! Tunnelled packets are direct FOU: an IP header, a UDP header with checksum 0, then the inner
-//! packet. The outer IPv4 header always has DF set, since the kernel's does.
+//! packet; or IP in IP, without the UDP header. The outer IPv4 header always has DF set, since the
+//! kernel's does.
 
 use crate::{
     csum,
+    encap::Encap,
     family::{Family, V4, V6},
 };
 
@@ -23,6 +25,8 @@ const ERROR_TOS: u8 = 0xc0;
 /// What the outer headers of a tunnelled packet say.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Tunnel<F: Family> {
+    /// Whether there are ports at all.
+    pub encap: Encap,
     /// Outer source.
     pub src: F::Addr,
     /// Outer destination.
@@ -56,6 +60,9 @@ pub struct IcmpError<F: Family> {
 
 /// Builds headers.
 pub trait Build: Family {
+    /// Words of an IP header without options.
+    type Ip: Copy;
+
     /// Type and code: the packet is too big.
     const TOO_BIG: [u8; 2];
     /// Type and code: TTL or hop limit exceeded in transit.
@@ -63,8 +70,10 @@ pub trait Build: Family {
     /// Type and code: communication administratively prohibited.
     const PROHIBITED: [u8; 2];
 
-    /// Outer headers of a tunnelled packet.
+    /// Outer headers of a tunnelled packet. Where there is no UDP header, zeros are in its place.
     fn tunnel(tunnel: &Tunnel<Self>) -> Self::Head;
+    /// The first of these headers.
+    fn without_udp(head: &Self::Head) -> Self::Ip;
     /// What such headers add to a sum over the whole packet. The header checksum of IPv4 makes its
     /// header add nothing.
     fn weight(head: &Self::Head) -> u32;
@@ -105,14 +114,19 @@ const fn ipv6(traffic_class: u8, label: u16, length: u16, next: u8, ttl: u8) -> 
     [halves(first, label.to_be_bytes()), halves(length.to_be_bytes(), [next, ttl])]
 }
 
-/// A UDP header with checksum 0.
+/// A UDP header with checksum 0, or nothing.
 #[inline(always)]
 const fn udp<F: Family>(tunnel: &Tunnel<F>) -> [u32; 2] {
+    if tunnel.encap.is_ipip() {
+        return [0; 2];
+    }
     let length = tunnel.inner.wrapping_add(8).to_be_bytes();
     [halves(tunnel.src_port, tunnel.dst_port), halves(length, [0; 2])]
 }
 
 impl Build for V4 {
+    type Ip = [u32; 5];
+
     const TOO_BIG: [u8; 2] = [3, 4];
     const TIME_EXCEEDED: [u8; 2] = [11, 0];
     const PROHIBITED: [u8; 2] = [3, 13];
@@ -120,12 +134,18 @@ impl Build for V4 {
     #[inline(always)]
     fn tunnel(tunnel: &Tunnel<Self>) -> [u32; 7] {
         const DF: [u8; 2] = [0x40, 0];
-        let length = tunnel.inner.wrapping_add(28);
+        let (protocol, more) = if tunnel.encap.is_ipip() { (V4::IPIP, 20) } else { (UDP, 28) };
         let id = halves(tunnel.label.to_be_bytes(), DF);
-        let rest = [id, word([TUNNEL_TTL, UDP, 0, 0])];
+        let rest = [id, word([TUNNEL_TTL, protocol, 0, 0])];
+        let length = tunnel.inner.wrapping_add(more);
         let [a, b, c, d, e] = ipv4(tunnel.ecn, length, rest, tunnel.src, tunnel.dst);
         let [f, g] = udp(tunnel);
         [a, b, c, d, e, f, g]
+    }
+
+    #[inline(always)]
+    fn without_udp(&[a, b, c, d, e, _, _]: &[u32; 7]) -> [u32; 5] {
+        [a, b, c, d, e]
     }
 
     #[inline(always)]
@@ -145,18 +165,26 @@ impl Build for V4 {
 }
 
 impl Build for V6 {
+    type Ip = [u32; 10];
+
     const TOO_BIG: [u8; 2] = [2, 0];
     const TIME_EXCEEDED: [u8; 2] = [3, 0];
     const PROHIBITED: [u8; 2] = [1, 1];
 
     #[inline(always)]
     fn tunnel(tunnel: &Tunnel<Self>) -> [u32; 12] {
-        let length = tunnel.inner.wrapping_add(8);
-        let [a, b] = ipv6(tunnel.ecn, tunnel.label, length, UDP, TUNNEL_TTL);
+        let (protocol, more) = if tunnel.encap.is_ipip() { (V6::IPIP, 0) } else { (UDP, 8) };
+        let length = tunnel.inner.wrapping_add(more);
+        let [a, b] = ipv6(tunnel.ecn, tunnel.label, length, protocol, TUNNEL_TTL);
         let [s0, s1, s2, s3] = tunnel.src;
         let [d0, d1, d2, d3] = tunnel.dst;
         let [f, g] = udp(tunnel);
         [a, b, s0, s1, s2, s3, d0, d1, d2, d3, f, g]
+    }
+
+    #[inline(always)]
+    fn without_udp(&[a, b, s0, s1, s2, s3, d0, d1, d2, d3, _, _]: &[u32; 12]) -> [u32; 10] {
+        [a, b, s0, s1, s2, s3, d0, d1, d2, d3]
     }
 
     #[inline(always)]

@@ -11,6 +11,7 @@
 
 pub mod csum;
 pub mod decide;
+pub mod encap;
 pub mod family;
 pub mod flow;
 pub mod head;

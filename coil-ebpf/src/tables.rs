@@ -9,6 +9,7 @@ use coil_common::{
 };
 
 use crate::{
+    encap::Encap,
     family::Family,
     notes::{Affinities, Inbounds},
 };
@@ -101,8 +102,10 @@ pub struct Translation<F: Family> {
     pub addr: F::Addr,
     /// Port to write.
     pub port: [u8; 2],
-    /// `STATE_*` bits.
+    /// `STATE_*` bits of the connection.
     pub state: u32,
+    /// By what the client's packets come.
+    pub encap: Encap,
     /// Seconds since boot of the last packet.
     pub last_seen: u32,
     /// Some packet was counted.
@@ -148,8 +151,10 @@ pub trait NatTables<F: Family>: Clock + Fragments<F> {
     ///
     /// [`Full`] if the table has no room.
     fn put_forward(&self, key: &F::KeyWords, value: &F::Nat) -> Result<(), Full>;
-    /// Forgets the `STATE_*` bits of an entry: the same ports start over.
+    /// Forgets the `STATE_*` bits of an entry that are about the connection: the same ports start over.
     fn restart(&self, entry: Self::Entry);
+    /// Notes by what the client's packets come.
+    fn set_encap(&self, entry: Self::Entry, encap: Encap);
     /// Counts a packet of an entry.
     fn count_entry(&self, entry: Self::Entry, tally: &Tally);
     /// Counts a packet of an entry that one before it in the same tick has brought up to date.

@@ -10,6 +10,7 @@ use coil_common::{
 };
 
 use crate::{
+    encap::Encap,
     family::Family,
     flow::{AUTO_PORT_FIRST, AUTO_PORTS, Hash},
     head::{Build, IcmpError, Tunnel},
@@ -172,8 +173,16 @@ impl<F: Family> Rewrite<F> {
 
     /// Chooses the header to change and the way to go.
     #[inline(always)]
-    pub(crate) const fn begin(&mut self, ip: &Ip<F>, way: Way) {
-        self.ip.at = ip.at;
+    pub(crate) fn begin(&mut self, ip: &Ip<F>, way: Way) {
+        // Tunnels are of different length: the compiler knows what it has compared and forgets it, since
+        // the verifier has to see it compared for each offset that is not the same for all packets.
+        self.begin_at(core::hint::black_box(ip.at), way);
+    }
+
+    /// The same for a header that is at the same offset in all packets that come here.
+    #[inline(always)]
+    pub(crate) const fn begin_at(&mut self, at: usize, way: Way) {
+        self.ip.at = at;
         self.way = way;
     }
 }
@@ -299,14 +308,21 @@ impl Answer {
         Ok(IcmpError { src, dst, kind: self.kind, mtu: self.mtu, quoted })
     }
 
-    /// The tunnel that an error to `to` takes, if it takes one.
+    /// The tunnel that an error to `to` takes, if it takes one: of the kind by which the packet came.
     #[inline(always)]
-    pub fn tunnel<F: Family>(&self, config: &Config, to: &F::Addr, quoted: u16) -> Option<Tunnel<F>> {
+    pub fn tunnel<F: Family>(
+        &self,
+        encap: Encap,
+        config: &Config,
+        to: &F::Addr,
+        quoted: u16,
+    ) -> Option<Tunnel<F>> {
         if !matches!(self.path, Path::Tunnel) {
             return None;
         }
         let hash = Hash::of_client::<F>(to);
         Some(Tunnel {
+            encap,
             src: F::of_config(config),
             dst: *to,
             src_port: source_port(config.flags & CONFIG_SOURCE_PORT_AUTO != 0, hash, config),

@@ -35,7 +35,7 @@ impl Way {
                 }
                 for v6 in [false, true] {
                     // The fixed port and the headers of Coil v2.
-                    let tunnel = Tunnel { v6, auto_port: false, options_header: v6 };
+                    let tunnel = Tunnel { v6, plain: false, auto_port: false, options_header: v6 };
                     kernel::client(&topology, tunnel, topology.gateway.address(v6));
                     kernel::gateway(&topology, tunnel);
                 }

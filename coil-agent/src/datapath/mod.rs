@@ -25,6 +25,7 @@ mod stats;
 mod sweep;
 mod sys;
 pub mod timeouts;
+mod tunnel;
 mod writer;
 
 /// What the gateway's side shares.
@@ -75,6 +76,7 @@ pub use self::maps::MapAccessError;
 pub use self::migrate::MigrationError;
 pub use self::pins::PinError;
 pub use self::sys::{SkBuff, TestRun, test_run};
+pub use self::tunnel::TunnelKind;
 
 /// How a node's datapath is opened.
 #[derive(Clone, Debug)]
@@ -83,6 +85,8 @@ pub struct NodeOptions {
     pub bpffs_root: PathBuf,
     /// UDP port of FOU.
     pub fou_port: u16,
+    /// What pods send to gateways by.
+    pub tunnel: TunnelKind,
     /// IPv4 address of the node: source of ICMP errors to pods.
     pub node_ipv4: Option<Ipv4Addr>,
     /// IPv6 address of the node.
@@ -248,7 +252,8 @@ impl NodeDatapath {
 
     /// The same with a way of attaching other than the kernel's best; for tests of the other way.
     pub fn open_with(options: NodeOptions, mode: Option<AttachMode>) -> Result<Self, DatapathError> {
-        let NodeOptions { bpffs_root, fou_port, node_ipv4, node_ipv6, max_flows, icmp, shortcut } = options;
+        let NodeOptions { bpffs_root, fou_port, tunnel, node_ipv4, node_ipv6, max_flows, icmp, shortcut } =
+            options;
         let folder = PinFolder::open(&bpffs_root, IfUnmounted::Refuse)?;
         let lock = folder.lock()?;
         let mut config = Config {
@@ -260,6 +265,7 @@ impl NodeDatapath {
             ..Config::default()
         };
         icmp.apply(&mut config);
+        tunnel.apply(&mut config);
         let sizes = [(names::MAP_FLOWS_V4, max_flows), (names::MAP_FLOWS_V6, max_flows)];
         let mut loaded = load(Role::Node, folder.maps(), &config, &sizes)?;
         let attachable = |name, hook| -> Result<_, LoadError> {

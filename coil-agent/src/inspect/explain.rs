@@ -8,6 +8,7 @@ mod text;
 
 use std::net::IpAddr;
 
+use coil_common::config::Config;
 use coil_common::keys::{FlowKey4, FlowKey6};
 use coil_common::names::{
     GATEWAY_MAPS, MAP_DROPS, MAP_FLOWS_V4, MAP_FLOWS_V6, MAP_NAT_FORWARD_V4, MAP_NAT_FORWARD_V6, NODE_MAPS,
@@ -16,6 +17,7 @@ use coil_common::stats::DropReason;
 use coil_common::values::{
     EGRESS_CLIENT_AFFINITY, FlowValue, NO_POLICY, NatValue4, NatValue6, POD_ANY_SOURCE, POD_GATEWAY,
 };
+use coil_ebpf::encap::Encap;
 use coil_ebpf::testing::build;
 use coil_ebpf::testing::memory::{Memory, Tables};
 use coil_ebpf::testing::{Action, Hook, interpret};
@@ -130,6 +132,8 @@ pub(crate) struct GatewayInfo {
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub(crate) struct TunnelInfo {
+    /// `fou` or `ipip`.
+    pub(crate) kind: &'static str,
     pub(crate) source: String,
     pub(crate) destination: String,
     /// Largest packet of the pod that fits.
@@ -392,7 +396,7 @@ pub(crate) fn explain(node: &Node, options: &Explain) -> Result<Explanation, Ins
         if too_big {
             explanation.reasons.push(format!(
                 "The tunnel takes packets of up to {} bytes; this one has {}. The pod gets an ICMP error that says so.",
-                inner_mtu(pod.value.mtu, v6),
+                inner_mtu(&node.config, pod.value.mtu, v6),
                 explanation.packet.bytes
             ));
         }
@@ -420,11 +424,13 @@ pub(crate) fn explain(node: &Node, options: &Explain) -> Result<Explanation, Ins
         }),
     });
     let Some(outer) = outer else { return Ok(explanation) };
+    let kind = if outer.outer.protocol == 17 { "fou" } else { "ipip" };
     explanation.tunnel = Some(TunnelInfo {
+        kind,
         source: outer.outer.source(),
         destination: outer.outer.destination(),
-        mtu: inner_mtu(pod.value.mtu, v6),
-        mss: inner_mtu(pod.value.mtu, v6).saturating_sub(if v6 { 60 } else { 40 }),
+        mtu: inner_mtu(&node.config, pod.value.mtu, v6),
+        mss: inner_mtu(&node.config, pod.value.mtu, v6).saturating_sub(if v6 { 60 } else { 40 }),
     });
     let address = outer.outer.dst;
     explanation.gateway = Some(gateway_info(node, address, before, decided));
@@ -524,8 +530,8 @@ fn gateway_info(
     }
 }
 
-fn inner_mtu(mtu: u32, v6: bool) -> u32 {
-    mtu.saturating_sub(if v6 { 48 } else { 28 })
+fn inner_mtu(config: &Config, mtu: u32, v6: bool) -> u32 {
+    Encap::of_config(config).like_fou(mtu).saturating_sub(if v6 { 48 } else { 28 })
 }
 
 /// Rules of the pod's set that contain the destination, the longest first.

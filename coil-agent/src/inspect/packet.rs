@@ -71,9 +71,13 @@ fn ip(bytes: &[u8]) -> Option<(IpAddr, IpAddr, u8, Option<usize>)> {
 /// Reads a packet from its IP header on; it may be cut anywhere behind that.
 pub(crate) fn read(bytes: &[u8], fou_port: u16) -> Option<Seen> {
     let (outer, l4) = tuple(bytes)?;
-    let tunnelled = outer.protocol == 17 && outer.dst_port == fou_port;
-    let inner = l4.filter(|_| tunnelled).and_then(|at| tuple(bytes.get(at + 8..)?)).map(|(inner, _)| inner);
-    Some(Seen { outer, inner })
+    let header = match (outer.protocol, outer.src) {
+        (17, _) if outer.dst_port == fou_port => Some(8),
+        (4, IpAddr::V4(_)) | (41, IpAddr::V6(_)) => Some(0),
+        _ => None,
+    };
+    let inner = l4.zip(header).and_then(|(at, header)| tuple(bytes.get(at + header..)?));
+    Some(Seen { outer, inner: inner.map(|(inner, _)| inner) })
 }
 
 fn tuple(bytes: &[u8]) -> Option<(Tuple, Option<usize>)> {
@@ -119,6 +123,9 @@ mod tests {
             ("10.1.0.2:1000".into(), "192.0.2.2:80".into())
         );
         assert_eq!(read(&packet, 5556).unwrap().inner, None);
+        let packet = Ip::new([10, 1, 0, 2], [10, 2, 0, 2]).packet(4, &inner);
+        let seen = read(&packet, 5555).unwrap();
+        assert_eq!((seen.outer.source(), seen.about().source()), ("10.1.0.2".into(), "10.1.0.2:1000".into()));
         let inner = Ip::new(v6("fd00::1"), v6("2001:db8::1")).extension(0, 8).echo(true, 7, &[]);
         let packet =
             Ip::new(v6("fd00::1"), v6("fd00::2")).extension(60, 8).udp_unchecked((5555, 5555), &inner);

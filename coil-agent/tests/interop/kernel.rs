@@ -29,6 +29,8 @@ fn has_module(module: &str) -> bool {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Tunnel {
     pub(crate) v6: bool,
+    /// IP in IP, without UDP.
+    pub(crate) plain: bool,
     /// The outer source port follows the flow (`fouSourcePortAuto`).
     pub(crate) auto_port: bool,
     /// IPv6 only: a destination options header with the encapsulation limit, and no checksum, as Coil v2
@@ -40,8 +42,8 @@ impl Tunnel {
     pub(crate) fn all() -> Vec<Self> {
         let mut all = Vec::new();
         for (v6, options_header) in [(false, false), (true, true), (true, false)] {
-            for auto_port in [false, true] {
-                all.push(Self { v6, auto_port, options_header });
+            for (plain, auto_port) in [(false, false), (false, true), (true, false)] {
+                all.push(Self { v6, plain, auto_port, options_header });
             }
         }
         all
@@ -53,20 +55,26 @@ impl Tunnel {
             (true, true) => "v6-options-header",
             (true, false) => "v6-no-options-header",
         };
-        format!("{family}/{}-port", if self.auto_port { "auto" } else { "fixed" })
+        let kind = match (self.plain, self.auto_port) {
+            (true, _) => "ip-in-ip",
+            (false, true) => "auto-port",
+            (false, false) => "fixed-port",
+        };
+        format!("{family}/{kind}")
     }
 
     /// Whether this is what Coil v2 sends.
     pub(crate) fn as_coil_v2(self) -> bool {
-        self.v6 == self.options_header
+        !self.plain && self.v6 == self.options_header
     }
 
     /// What fits into it on a link of 1500 bytes.
     pub(crate) fn mtu(self) -> usize {
+        let udp = if self.plain { 0 } else { 8 };
         match (self.v6, self.options_header) {
-            (false, _) => 1500 - 20 - 8,
-            (true, true) => 1500 - 40 - 8 - 8,
-            (true, false) => 1500 - 40 - 8,
+            (false, _) => 1500 - 20 - udp,
+            (true, true) => 1500 - 40 - 8 - udp,
+            (true, false) => 1500 - 40 - udp,
         }
     }
 
@@ -80,10 +88,11 @@ impl Tunnel {
 
     /// Receive port, tunnel device to the other end, and the one that takes packets from elsewhere.
     fn make(self, space: &NetNs, local: IpAddr, remote: IpAddr) {
-        let Self { v6, auto_port, options_header } = self;
+        let Self { v6, plain, auto_port, options_header } = self;
         let device = self.device();
         let source = if auto_port { "auto".to_owned() } else { PORT.to_string() };
-        let encapsulation = format!("encap fou encap-sport {source} encap-dport {PORT}");
+        let encapsulation =
+            if plain { String::new() } else { format!("encap fou encap-sport {source} encap-dport {PORT}") };
         for family in ["all", "default"] {
             space.sysctl(&format!("net.ipv4.conf.{family}.rp_filter"), "0");
         }
@@ -91,12 +100,15 @@ impl Tunnel {
         if v6 {
             space.sysctl("net.ipv6.conf.all.forwarding", "1");
             // `ip` wants the limit before, the checksum after the encapsulation.
-            let (limit, checksum) = if options_header {
-                ("encaplimit 0", "noencap-udp6-csum")
-            } else {
-                ("encaplimit none", "encap-udp6-csum")
+            let limit = if options_header { "encaplimit 0" } else { "encaplimit none" };
+            let checksum = match (plain, options_header) {
+                (true, _) => "",
+                (false, true) => "noencap-udp6-csum",
+                (false, false) => "encap-udp6-csum",
             };
-            space.ip(&format!("-6 fou add port {PORT} ipproto 41"));
+            if !plain {
+                space.ip(&format!("-6 fou add port {PORT} ipproto 41"));
+            }
             commands.push(format!(
                 "link add name {device} type ip6tnl mode ip6ip6 local {local} remote {remote} ttl 225 {limit} \
                  {encapsulation} {checksum}"
@@ -105,7 +117,9 @@ impl Tunnel {
             commands.push("link set coil_ipip6 up".to_owned());
         } else {
             space.sysctl("net.ipv4.ip_forward", "1");
-            space.ip(&format!("fou add port {PORT} ipproto 4"));
+            if !plain {
+                space.ip(&format!("fou add port {PORT} ipproto 4"));
+            }
             commands.push(format!(
                 "link add name {device} type ipip local {local} remote {remote} ttl 225 {encapsulation}"
             ));

@@ -12,8 +12,9 @@ use crate::support::topology::Topology;
 use crate::support::{DEADLINE, wait_for};
 
 /// What fits into our own tunnel on a link of 1500 bytes.
-pub(crate) fn our_mtu(v6: bool) -> usize {
-    if v6 { 1500 - 40 - 8 } else { 1500 - 20 - 8 }
+pub(crate) fn our_mtu(v6: bool, plain: bool) -> usize {
+    let udp = if plain { 0 } else { 8 };
+    if v6 { 1500 - 40 - udp } else { 1500 - 20 - udp }
 }
 
 fn any(v6: bool) -> IpAddr {

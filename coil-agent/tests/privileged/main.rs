@@ -12,5 +12,6 @@ mod scenarios;
 mod shortcut;
 mod support;
 mod traffic;
+mod tunnel;
 mod upgrade;
 mod verifier;

@@ -15,14 +15,14 @@ use crate::support::{DEADLINE, maps};
 use crate::traffic::{dump, echo_server, pattern};
 
 /// A transfer that can be continued step by step.
-struct Transfer {
-    stream: TcpStream,
-    sent: Vec<u8>,
+pub(crate) struct Transfer {
+    pub(crate) stream: TcpStream,
+    pub(crate) sent: Vec<u8>,
 }
 
 impl Transfer {
     /// Some bytes there and back.
-    fn step(&mut self, bytes: usize) {
+    pub(crate) fn step(&mut self, bytes: usize) {
         let chunk = pattern(bytes);
         let mut writer = self.stream.try_clone().unwrap();
         let sending = chunk.clone();

@@ -10,8 +10,8 @@ use coil_agent::datapath::{Loaded, Role, SkBuff, load, seconds_since_boot, test_
 use coil_common::config::Config;
 use coil_common::names::{
     GATEWAY_MAPS, MAP_AFFINITY, MAP_CONFIG, MAP_DROPS, MAP_EGRESS_NAMES, MAP_EGRESS_STATS, MAP_EGRESSES,
-    MAP_EVENT_BUDGETS, MAP_EVENTS, MAP_GATEWAY_STATS, MAP_GATEWAYS, MAP_ICMP_STATS, MAP_LISTENERS,
-    MAP_POD_SLOTS, MAP_PODS, NODE_MAPS, pod_slot,
+    MAP_ENCAPS, MAP_EVENT_BUDGETS, MAP_EVENTS, MAP_GATEWAY_STATS, MAP_GATEWAYS, MAP_ICMP_STATS,
+    MAP_LISTENERS, MAP_POD_SLOTS, MAP_PODS, NODE_MAPS, pod_slot,
 };
 use coil_common::values::{
     AffinityValue, Counter, FlowValue, FragmentValue, InboundValue, NatValue4, NatValue6, PodSlot, PodValue,
@@ -30,8 +30,8 @@ const TABLE_NOW: u32 = 1000;
 /// Maps of counters.
 const COUNTERS: [&str; 4] = [MAP_DROPS, MAP_EGRESS_STATS, MAP_GATEWAY_STATS, MAP_ICMP_STATS];
 /// Maps that programs leave alone while nobody listens.
-const UNTOUCHED: [&str; 6] =
-    [MAP_POD_SLOTS, MAP_EGRESS_NAMES, MAP_CONFIG, MAP_EVENTS, MAP_LISTENERS, MAP_EVENT_BUDGETS];
+const UNTOUCHED: [&str; 7] =
+    [MAP_ENCAPS, MAP_POD_SLOTS, MAP_EGRESS_NAMES, MAP_CONFIG, MAP_EVENTS, MAP_LISTENERS, MAP_EVENT_BUDGETS];
 
 /// The programs of a role under one configuration, and their maps.
 struct Machine {

@@ -143,7 +143,7 @@ fn ping(topology: &Topology, v6: bool) -> bool {
     })
 }
 
-fn everything_works(topology: &Topology, mode: Option<AttachMode>) {
+pub(crate) fn everything_works(topology: &Topology, mode: Option<AttachMode>) {
     let node = topology.open_node(mode);
     let node = topology.apply(node, &topology.state());
     let _gateway = topology.open_gateway();
@@ -292,7 +292,7 @@ fn bytes_are_exact_whatever_is_offloaded_across_nodes() {
     offloads(&Topology::across());
 }
 
-fn offloads(topology: &Topology) {
+pub(crate) fn offloads(topology: &Topology) {
     let node = topology.open_node(None);
     let _node = topology.apply(node, &topology.state());
     let _gateway = topology.open_gateway();

@@ -167,11 +167,23 @@ fn pop(skb: &mut Skb, bytes: usize) -> Result<(), DropReason> {
 
 #[inline(always)]
 fn push<F: Build>(skb: &mut Skb, tunnel: &Tunnel<F>, way: Way) -> Result<(), DropReason> {
+    let ipip = tunnel.encap.is_ipip();
+    if ipip {
+        make_room::<F>(skb, F::HEADER as u32, 0)?;
+    } else {
+        make_room::<F>(skb, F::OVERHEAD, BPF_F_ADJ_ROOM_ENCAP_L4_UDP)?;
+    }
+    put_head::<F>(skb, &F::tunnel(tunnel), ipip, matches!(way, Way::Back))
+}
+
+/// Makes room for the headers of a tunnel.
+#[inline(always)]
+fn make_room<F: Family>(skb: &Skb, bytes: u32, flags: u32) -> Result<(), DropReason> {
     let l3 = if F::INDEX == 0 { BPF_F_ADJ_ROOM_ENCAP_L3_IPV4 } else { BPF_F_ADJ_ROOM_ENCAP_L3_IPV6 };
-    let flags = u64::from(BPF_F_ADJ_ROOM_FIXED_GSO | l3 | BPF_F_ADJ_ROOM_ENCAP_L4_UDP);
+    let flags = u64::from(BPF_F_ADJ_ROOM_FIXED_GSO | l3 | flags);
     // SAFETY: the context of a running program is valid.
-    match unsafe { bpf_skb_adjust_room(skb.raw, F::OVERHEAD as i32, BPF_ADJ_ROOM_MAC, flags) } {
-        0 => put_head::<F>(skb, &F::tunnel(tunnel), matches!(way, Way::Back)),
+    match unsafe { bpf_skb_adjust_room(skb.raw, bytes as i32, BPF_ADJ_ROOM_MAC, flags) } {
+        0 => Ok(()),
         ALREADY => Err(DropReason::AlreadyEncapsulated),
         _ => Err(DropReason::RewriteFailed),
     }
@@ -183,12 +195,13 @@ fn push<F: Build>(skb: &mut Skb, tunnel: &Tunnel<F>, way: Way) -> Result<(), Dro
 /// Where it goes on through the stack that is not needed: forwarding forgets such a sum
 /// (`skb_forward_csum`), and nobody asks for it before, since the outer UDP checksum is zero.
 #[inline(always)]
-fn put_head<F: Build>(skb: &mut Skb, head: &F::Head, in_step: bool) -> Result<(), DropReason> {
+fn put_head<F: Build>(skb: &mut Skb, head: &F::Head, ipip: bool, in_step: bool) -> Result<(), DropReason> {
     skb.reload();
-    let target = if F::INDEX == 0 {
-        skb.bytes::<{ V4::OVERHEAD as usize }>(ETHERNET)
-    } else {
-        skb.bytes::<{ V6::OVERHEAD as usize }>(ETHERNET)
+    let target = match (F::INDEX == 0, ipip) {
+        (true, true) => skb.bytes::<{ V4::HEADER }>(ETHERNET),
+        (true, false) => skb.bytes::<{ V4::OVERHEAD as usize }>(ETHERNET),
+        (false, true) => skb.bytes::<{ V6::HEADER }>(ETHERNET),
+        (false, false) => skb.bytes::<{ V6::OVERHEAD as usize }>(ETHERNET),
     };
     let Some(target) = target else {
         return Err(DropReason::RewriteFailed);
@@ -196,7 +209,11 @@ fn put_head<F: Build>(skb: &mut Skb, head: &F::Head, in_step: bool) -> Result<()
     // SAFETY: `bytes` has compared the range, as long as the headers, with the end of the packet.
     // The helper refuses where no network card has summed the packet, which is as good.
     unsafe {
-        target.cast::<Aligned<F::Head>>().write(Aligned(*head));
+        if ipip {
+            target.cast::<Aligned<F::Ip>>().write(Aligned(F::without_udp(head)));
+        } else {
+            target.cast::<Aligned<F::Head>>().write(Aligned(*head));
+        }
         if in_step {
             bpf_csum_update(skb.raw, F::weight(head));
         }
@@ -204,16 +221,16 @@ fn put_head<F: Build>(skb: &mut Skb, head: &F::Head, in_step: bool) -> Result<()
     Ok(())
 }
 
-/// Writes headers right after the Ethernet header.
+/// Writes `bytes` of headers right after the Ethernet header, all of them or without the last.
 #[inline(always)]
-pub(super) fn write_head<F: Family>(skb: &mut Skb, head: &F::Head) -> Result<(), DropReason> {
-    // SAFETY: the context of a running program is valid, and `head` is as long as is said.
+pub(super) fn write_head<F: Family>(skb: &mut Skb, head: &F::Head, bytes: u32) -> Result<(), DropReason> {
+    // SAFETY: the context of a running program is valid, and `head` is as long as can be said.
     let result = unsafe {
         bpf_skb_store_bytes(
             skb.raw.cast(),
             ETHERNET as u32,
             core::ptr::from_ref(head).cast(),
-            size_of::<F::Head>() as u32,
+            bytes,
             u64::from(BPF_F_RECOMPUTE_CSUM),
         )
     };

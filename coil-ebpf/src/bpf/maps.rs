@@ -17,10 +17,11 @@ use coil_common::{
     stats::{Direction, DropReason, GatewayStat, egress_stat},
     values::{
         ClientValue, ConfigValue, Counter, EgressNameValue, EgressValue, FlowValue, FragmentValue,
-        GatewayValue, NatValue4, NatValue6, PodNameValue, PodSlot, PodValue, PolicyValue,
+        GatewayValue, NatValue4, NatValue6, PodNameValue, PodSlot, PodValue, PolicyValue, STATE_ENCAP,
     },
 };
 use coil_ebpf::{
+    encap::Encap,
     family::{Family, V4, V6, addr4, addr6, bytes6},
     tables::{Clock, Fragments, Full, NatTables, NodeTables, ReserveError, Tally, Translation},
 };
@@ -86,6 +87,8 @@ pub(super) static LISTENERS: Array<Listener, 1> = Array::new();
 pub(super) static EVENT_BUDGETS: PerCpuArray<EventBudget, 2> = PerCpuArray::new();
 #[btf_map(name = "headers")]
 pub(super) static HEADERS: PerCpuArray<[u8; apply::SLICE], 1> = PerCpuArray::new();
+#[btf_map(name = "encaps")]
+static ENCAPS: Array<u32, 1> = Array::new();
 #[btf_map(name = "event_scratch")]
 pub(super) static EVENT_SCRATCH: PerCpuArray<Event, 1> = PerCpuArray::new();
 
@@ -102,6 +105,23 @@ pub(super) fn pod(ifindex: u32) -> Option<&'static PodValue> {
         Some(slot) if slot.ifindex == ifindex => Some(&slot.pod),
         // SAFETY: without preallocation an entry stays until the program ends, even if it is removed.
         _ => unsafe { PODS.get(ifindex) },
+    }
+}
+
+/// Remembers that some client speaks by this kind of tunnel, and says whether any client ever spoke by another
+/// one than FOU.
+#[inline(always)]
+pub(super) fn speaks_otherwise(encap: Encap) -> bool {
+    let Some(encaps) = ENCAPS.get_ptr_mut(0) else {
+        return false;
+    };
+    // SAFETY: points to a map value; bits are only ever added.
+    unsafe {
+        let (old, new) = (*encaps, *encaps | encap.bits());
+        if old != new {
+            *encaps = new;
+        }
+        new != 0
     }
 }
 
@@ -368,7 +388,8 @@ macro_rules! nat_tables {
                     Translation {
                         addr: $addr((*entry).addr),
                         port: (*entry).port,
-                        state: (*entry).state,
+                        state: (*entry).state & !STATE_ENCAP,
+                        encap: Encap::of_state((*entry).state),
                         last_seen: (*entry).last_seen,
                         used: (*entry).packets != 0,
                         tick: (*entry).tick,
@@ -410,7 +431,14 @@ macro_rules! nat_tables {
             #[inline(always)]
             fn restart(&self, entry: *mut $nat) {
                 // SAFETY: points to a map value that stays until the program ends.
-                unsafe { (*entry).state = 0 }
+                unsafe { (*entry).state &= STATE_ENCAP }
+            }
+
+            #[inline(always)]
+            fn set_encap(&self, entry: *mut $nat, encap: Encap) {
+                // SAFETY: points to a map value that stays until the program ends. What another processor
+                // notes of the connection at the same time may be lost; the next packet shows it again.
+                unsafe { (*entry).state = (*entry).state & !STATE_ENCAP | encap.bits() }
             }
 
             #[inline(always)]

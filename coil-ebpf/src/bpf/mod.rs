@@ -31,6 +31,7 @@ use coil_ebpf::{
         shortcut::is_reply,
         to_pod,
     },
+    encap::{self, Encap},
     family::{Family, V4, V6},
     head::Build,
     parse::{
@@ -114,7 +115,7 @@ fn from_pod(ctx: TcContext) -> i32 {
     let served = pod.set != NO_POLICY;
     match ethertype(&mut skb) {
         Ok(EtherType::V4) => {
-            let short = if served { fast_from_pod::<V4>(&ctx, pod) } else { unserved::<V4>(&ctx, pod) };
+            let short = if served { short_from_pod::<V4>(&ctx, pod) } else { unserved::<V4>(&ctx, pod) };
             if short == Outcome::ONWARD {
                 return shortcut::onward::<V4>(&skb);
             }
@@ -127,7 +128,7 @@ fn from_pod(ctx: TcContext) -> i32 {
             finish::<V4>(&mut skb, HOOK_FROM_POD, outcome)
         }
         Ok(EtherType::V6) => {
-            let short = if served { fast_from_pod::<V6>(&ctx, pod) } else { unserved::<V6>(&ctx, pod) };
+            let short = if served { short_from_pod::<V6>(&ctx, pod) } else { unserved::<V6>(&ctx, pod) };
             if short == Outcome::ONWARD {
                 return shortcut::onward::<V6>(&skb);
             }
@@ -153,7 +154,7 @@ fn to_pod(ctx: TcContext) -> i32 {
     let served = pod.set != NO_POLICY;
     match ethertype(&mut skb) {
         Ok(EtherType::V4) => {
-            let short = if served { fast_to_pod::<V4>(&ctx, pod) } else { Outcome::MISS };
+            let short = if served { short_to_pod::<V4>(&ctx, pod) } else { Outcome::MISS };
             let outcome = or(short, || {
                 if inbound::notes(pod) {
                     note_inbound::<V4>(&ctx, pod);
@@ -165,7 +166,7 @@ fn to_pod(ctx: TcContext) -> i32 {
             finish::<V4>(&mut skb, HOOK_TO_POD, outcome)
         }
         Ok(EtherType::V6) => {
-            let short = if served { fast_to_pod::<V6>(&ctx, pod) } else { Outcome::MISS };
+            let short = if served { short_to_pod::<V6>(&ctx, pod) } else { Outcome::MISS };
             let outcome = or(short, || {
                 if inbound::notes(pod) {
                     note_inbound::<V6>(&ctx, pod);
@@ -257,18 +258,32 @@ fn note_first<F: Build>(skb: &mut Skb) -> bool {
         && or_odd::<F>(skb.raw, Hook::FromPod, Outcome::FRAGMENT) == Outcome::FRAGMENT
 }
 
+/// The kernel knows the configuration, and takes the one out that is not used.
+#[inline(always)]
+fn short_from_pod<F: Usual>(ctx: &TcContext, pod: &PodValue) -> u64
+where
+    Maps: NodeTables<F>,
+{
+    if Encap::of_config(config()).is_ipip() {
+        fast_from_pod::<F, true>(ctx, pod)
+    } else {
+        fast_from_pod::<F, false>(ctx, pod)
+    }
+}
+
 #[inline(never)]
-fn fast_from_pod<F: Usual>(ctx: &TcContext, pod: &PodValue) -> u64
+fn fast_from_pod<F: Usual, const IPIP: bool>(ctx: &TcContext, pod: &PodValue) -> u64
 where
     Maps: NodeTables<F>,
 {
     let mut answered = false;
     let outcome = hit!(ctx, |skb: &Skb, rewrite: &mut Rewrite<F>| {
-        let hit = fast::from_pod(skb, pod, config(), &Maps, rewrite)?;
+        let hit = fast::from_pod::<F, _, _, IPIP>(skb, pod, config(), &Maps, rewrite)?;
         answered = hit.answered;
         Some(Some(hit))
     });
-    if answered && outcome == Outcome::PASS.0 && config().flags & CONFIG_SHORTCUT != 0 {
+    // Where routes are remembered, ports are.
+    if !IPIP && answered && outcome == Outcome::PASS.0 && config().flags & CONFIG_SHORTCUT != 0 {
         return Outcome::ONWARD;
     }
     outcome
@@ -286,22 +301,37 @@ fn unserved<F: Usual>(ctx: &TcContext, pod: &PodValue) -> u64 {
     if may && is_reply(&skb, &ip, config()) { Outcome::ONWARD } else { Outcome::PASS.0 }
 }
 
+/// Gateways answer by the kind of tunnel that the node uses, but for a moment after that changes.
+#[inline(always)]
+fn short_to_pod<F: Usual>(ctx: &TcContext, pod: &PodValue) -> u64
+where
+    Maps: NodeTables<F>,
+{
+    if Encap::of_config(config()).is_ipip() {
+        fast_to_pod::<F, true>(ctx, pod)
+    } else {
+        fast_to_pod::<F, false>(ctx, pod)
+    }
+}
+
 #[inline(never)]
-fn fast_to_pod<F: Usual>(ctx: &TcContext, pod: &PodValue) -> u64
+fn fast_to_pod<F: Usual, const IPIP: bool>(ctx: &TcContext, pod: &PodValue) -> u64
 where
     Maps: NodeTables<F>,
 {
     hit!(ctx, |skb: &Skb, rewrite: &mut Rewrite<F>| {
-        fast::to_pod(skb, pod, config(), &Maps, rewrite).map(Some)
+        fast::to_pod::<F, _, _, IPIP>(skb, pod, config(), &Maps, rewrite).map(Some)
     })
 }
 
 #[inline(never)]
-fn fast_out<F: Usual>(ctx: &TcContext) -> u64
+fn fast_out<F: Usual, const IPIP: bool>(ctx: &TcContext) -> u64
 where
     Maps: NatTables<F>,
 {
-    hit!(ctx, |skb: &Skb, rewrite: &mut Rewrite<F>| { fast::out(skb, config(), &Maps, rewrite).map(Some) })
+    hit!(ctx, |skb: &Skb, rewrite: &mut Rewrite<F>| {
+        fast::out::<F, _, _, IPIP>(skb, config(), &Maps, rewrite).map(Some)
+    })
 }
 
 #[inline(never)]
@@ -404,10 +434,16 @@ where
     Maps: NatTables<F>,
 {
     match gateway::direction::<F, _>(skb, config()) {
-        Direction::Out => {
-            let outcome = or(fast_out::<F>(ctx), || out::<F>(skb.raw, 0));
+        Direction::Out(encap) => {
+            let short = if encap.is_ipip() { fast_out::<F, true>(ctx) } else { fast_out::<F, false>(ctx) };
+            let outcome = or(short, || out::<F>(skb.raw, 0));
             let outcome = or_odd::<F>(skb.raw, Hook::Out, outcome);
-            or_again(outcome, || out::<F>(skb.raw, 1))
+            let outcome = or_again(outcome, || out::<F>(skb.raw, 1));
+            // On the short way that is known; on this one only if nobody ever spoke but by FOU.
+            if short == Outcome::MISS && outcome == Outcome::BACK.0 && maps::speaks_otherwise(encap) {
+                note_encap::<F>(skb.raw, encap);
+            }
+            outcome
         }
         Direction::Back => {
             let outcome = or(fast_back::<F>(ctx), || back::<F>(skb.raw, 0));
@@ -432,6 +468,29 @@ where
         gateway::out::<F, _, _>(&mut skb, config(), &Maps, &mut rewrite),
         account => account.commit(&Maps)
     )
+}
+
+#[inline(always)]
+fn note_encap<F: Family>(raw: *mut __sk_buff, encap: Encap) {
+    if F::INDEX == 0 {
+        note_encap_v4(raw, encap.bits());
+    } else {
+        note_encap_v6(raw, encap.bits());
+    }
+}
+
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn note_encap_v4(raw: *mut __sk_buff, encap: u32) -> u64 {
+    encap::note::<V4, _, _>(&mut Skb::of(raw), Encap::of_state(encap), &Maps);
+    0
+}
+
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn note_encap_v6(raw: *mut __sk_buff, encap: u32) -> u64 {
+    encap::note::<V6, _, _>(&mut Skb::of(raw), Encap::of_state(encap), &Maps);
+    0
 }
 
 #[inline(always)]

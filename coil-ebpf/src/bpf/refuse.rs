@@ -25,6 +25,7 @@ use coil_ebpf::{
     family::{Family, V4, V6},
     head::Build,
     packet::{ETHERNET, Packet},
+    parse::tunnel::{self, Outer},
     verdict::{Answer, Path},
 };
 
@@ -128,7 +129,7 @@ extern "C" fn refuse_v6(raw: *mut __sk_buff, answer: u64) -> u32 {
 }
 
 #[inline(always)]
-fn respond<F: Build>(raw: *mut __sk_buff, answer: u64) -> bool {
+fn respond<F: Outer + Build>(raw: *mut __sk_buff, answer: u64) -> bool {
     if !is_allowed(super::config()) {
         count(IcmpStat::Suppressed);
         return false;
@@ -140,9 +141,10 @@ fn respond<F: Build>(raw: *mut __sk_buff, answer: u64) -> bool {
 
 /// Makes the error.
 #[inline(always)]
-fn make<F: Build>(raw: *mut __sk_buff, answer: &Answer) -> Result<(), DropReason> {
+fn make<F: Outer + Build>(raw: *mut __sk_buff, answer: &Answer) -> Result<(), DropReason> {
     const FAILED: DropReason = DropReason::RewriteFailed;
     let mut skb = Skb::of(raw);
+    let encap = tunnel::outermost::<F, _>(&mut skb);
     let at = usize::from(answer.at & 0x7f);
     skb.ensure(at + F::HEADER)?;
     let [_, _, a, b] = skb.load::<4>(at)?;
@@ -180,7 +182,7 @@ fn make<F: Build>(raw: *mut __sk_buff, answer: &Answer) -> Result<(), DropReason
     } else {
         adjust(&mut skb, F::OVERHEAD as i32 - (at - ETHERNET) as i32)?;
     }
-    apply::write_head::<F>(&mut skb, &head)?;
+    apply::write_head::<F>(&mut skb, &head, F::OVERHEAD)?;
     if rewrite {
         // SAFETY: the context of a running program is valid, and `quote` has so many bytes.
         let stored = unsafe {
@@ -198,9 +200,10 @@ fn make<F: Build>(raw: *mut __sk_buff, answer: &Answer) -> Result<(), DropReason
     }
     // Decided here: a decision carried through all of the above would be forgotten by verifiers before
     // 6.3, which then see memory read that was never written.
-    if let Some(tunnel) = answer.tunnel::<F>(super::config(), &error.dst, quoted as u16) {
-        adjust(&mut skb, F::OVERHEAD as i32)?;
-        apply::write_head::<F>(&mut skb, &F::tunnel(&tunnel))?;
+    if let Some(tunnel) = answer.tunnel::<F>(encap, super::config(), &error.dst, quoted as u16) {
+        let overhead = encap.overhead::<F>();
+        adjust(&mut skb, overhead as i32)?;
+        apply::write_head::<F>(&mut skb, &F::tunnel(&tunnel), overhead)?;
     }
     // Read anew, or the compiler would know from before that the header is there.
     if matches!(answer.path, Path::On) {

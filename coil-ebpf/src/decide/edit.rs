@@ -59,8 +59,8 @@ impl<F: Family> Rewrite<F> {
         to: &Translation<F>,
     ) -> Result<(), DropReason> {
         let (addr_at, port_at) = match end {
-            End::Source => (ip.at + F::SRC_AT, l4.src_port_at()),
-            End::Destination => (ip.at + F::DST_AT, l4.dst_port_at()),
+            End::Source => (self.ip.at + F::SRC_AT, l4.src_port_at()),
+            End::Destination => (self.ip.at + F::DST_AT, l4.dst_port_at()),
         };
         let delta = F::delta(&F::load(packet, addr_at)?, &to.addr);
         self.ip.addr = Some((addr_at, to.addr));

@@ -21,6 +21,7 @@ use coil_common::{
 
 use super::{edit::End, wire};
 use crate::{
+    encap::Encap,
     family::{Family, V4, V6},
     flow::Flow,
     head::{Build, TCP, Tunnel, UDP},
@@ -37,7 +38,7 @@ use crate::{
 pub trait Usual: Build {
     /// Bytes that are looked at of a packet that is not tunnelled: up to the end of a TCP header.
     const PLAIN: usize = ETHERNET + Self::HEADER + 20;
-    /// Bytes that are looked at of a tunnelled packet.
+    /// Bytes that are looked at of a packet that is tunnelled by FOU.
     const TUNNELLED: usize = Self::PLAIN + Self::OVERHEAD as usize;
 
     /// The IP header at `at` if there is nothing between it and the transport header, and its length
@@ -131,24 +132,36 @@ fn transport<F: Family, V: View>(view: &V, ip: &Ip<F>) -> Option<L4> {
     Some(L4 { kind: Kind::Tcp(flags), at, header: header as usize, src_port, dst_port })
 }
 
-/// Outer source and inner headers of a tunnelled packet.
+/// Bytes that a tunnel adds.
+const fn overhead<F: Family, const IPIP: bool>() -> usize {
+    if IPIP { F::HEADER } else { F::OVERHEAD as usize }
+}
+
+/// Outer source and inner headers of a tunnelled packet; tunnels of the other kind are the long way's.
 #[inline(always)]
-fn tunnelled<F: Usual, P: Packet>(packet: &P, view: &P::View, config: &Config) -> Option<(Ip<F>, Ip<F>, L4)> {
+fn tunnelled<F: Usual, P: Packet, const IPIP: bool>(
+    packet: &P,
+    view: &P::View,
+    config: &Config,
+) -> Option<(Ip<F>, Ip<F>, L4)> {
     /// Congestion experienced.
     const CE: u8 = 3;
     let length = packet.length();
     let outer = F::usual(view, ETHERNET, length)?;
     let udp = outer.l4;
-    if outer.protocol != UDP
-        || view.half(udp + 2) != u16::from_ne_bytes(config.fou_port)
-        || outer.tos & CE == CE
-    {
+    let known = if IPIP {
+        outer.protocol == F::IPIP
+    } else {
+        outer.protocol == UDP && view.half(udp + 2) == u16::from_ne_bytes(config.fou_port)
+    };
+    if !known || outer.tos & CE == CE {
         return None;
     }
-    let inner = F::usual(view, udp + 8, length)?;
-    let end = udp as u32 + u32::from(u16::from_be(view.half(udp + 4)));
+    let inner = F::usual(view, ETHERNET + overhead::<F, IPIP>(), length)?;
+    let outer_end = ETHERNET as u32 + outer.length;
+    let end = if IPIP { outer_end } else { udp as u32 + u32::from(u16::from_be(view.half(udp + 4))) };
     let inner_end = inner.at as u32 + inner.length;
-    if end > ETHERNET as u32 + outer.length || inner_end > end {
+    if end > outer_end || inner_end > end {
         return None;
     }
     if packet.gso_size() != 0 && inner_end != length {
@@ -218,9 +231,9 @@ pub fn unserved<F: Usual, P: Packet>(packet: &P, pod: &PodValue) -> Option<Ip<F>
     F::same(&ip.src, &F::of_pod(pod)).then_some(ip)
 }
 
-/// Decides about a packet from `pod`.
+/// Decides about a packet from `pod`, on a node that uses one kind of tunnel.
 #[inline(always)]
-pub fn from_pod<F: Usual, P: Packet, T: NodeTables<F>>(
+pub fn from_pod<F: Usual, P: Packet, T: NodeTables<F>, const IPIP: bool>(
     packet: &P,
     pod: &PodValue,
     config: &Config,
@@ -245,13 +258,14 @@ pub fn from_pod<F: Usual, P: Packet, T: NodeTables<F>>(
     }
     let gateway = gateway(&value, tables)?;
     let egress = tables.egress(value.egress)?;
-    if is_odd(packet, &ip, &l4, pod.mtu) {
+    let encap = if IPIP { Encap::IPIP } else { Encap::FOU };
+    if is_odd(packet, &ip, &l4, encap.like_fou(pod.mtu)) {
         return None;
     }
     let tally = wire::tally(packet, &ip, &l4, 0, 0);
-    rewrite.begin(&ip, Way::On);
+    rewrite.begin_at(ip.at, Way::On);
     let auto = egress.flags & EGRESS_SOURCE_PORT_AUTO != 0;
-    rewrite.push = Some(push(&flow, &ip, F::of_pod(pod), F::of_gateway(gateway), auto, config));
+    rewrite.push = Some(push(&flow, &ip, F::of_pod(pod), F::of_gateway(gateway), encap, auto, config));
     Some(FlowHit {
         flow: entry,
         egress: value.egress,
@@ -269,11 +283,13 @@ fn push<F: Family>(
     ip: &Ip<F>,
     src: F::Addr,
     dst: F::Addr,
+    encap: Encap,
     auto: bool,
     config: &Config,
 ) -> Tunnel<F> {
     let hash = flow.hash(config.seed);
     Tunnel {
+        encap,
         src,
         dst,
         src_port: source_port(auto, hash, config),
@@ -284,9 +300,9 @@ fn push<F: Family>(
     }
 }
 
-/// Decides about a packet to `pod`.
+/// Decides about a packet to `pod` in a tunnel of one kind.
 #[inline(always)]
-pub fn to_pod<F: Usual, P: Packet, T: NodeTables<F>>(
+pub fn to_pod<F: Usual, P: Packet, T: NodeTables<F>, const IPIP: bool>(
     packet: &P,
     pod: &PodValue,
     config: &Config,
@@ -296,8 +312,8 @@ pub fn to_pod<F: Usual, P: Packet, T: NodeTables<F>>(
     if pod.flags != 0 {
         return None;
     }
-    let view = packet.view(F::TUNNELLED)?;
-    let (outer, inner, l4) = tunnelled::<F, P>(packet, &view, config)?;
+    let view = packet.view(F::PLAIN + overhead::<F, IPIP>())?;
+    let (outer, inner, l4) = tunnelled::<F, P, IPIP>(packet, &view, config)?;
     if !F::same(&inner.dst, &F::of_pod(pod)) {
         return None;
     }
@@ -312,8 +328,8 @@ pub fn to_pod<F: Usual, P: Packet, T: NodeTables<F>>(
         return None;
     }
     let tally = wire::tally(packet, &inner, &l4, 0, 0);
-    rewrite.begin(&inner, Way::On);
-    rewrite.pop = F::OVERHEAD as usize;
+    rewrite.begin_at(inner.at, Way::On);
+    rewrite.pop = overhead::<F, IPIP>();
     Some(FlowHit {
         flow: entry,
         egress: value.egress,
@@ -342,29 +358,29 @@ impl<E: Copy> EntryHit<E> {
     }
 }
 
-/// Decides about a tunnelled packet that reached the gateway.
+/// Decides about a packet in a tunnel of one kind that reached the gateway.
 #[inline(always)]
-pub fn out<F: Usual, P: Packet, T: NatTables<F>>(
+pub fn out<F: Usual, P: Packet, T: NatTables<F>, const IPIP: bool>(
     packet: &P,
     config: &Config,
     tables: &T,
     rewrite: &mut Rewrite<F>,
 ) -> Option<EntryHit<T::Entry>> {
-    let view = packet.view(F::TUNNELLED)?;
-    let (outer, inner, l4) = tunnelled::<F, P>(packet, &view, config)?;
+    let view = packet.view(F::PLAIN + overhead::<F, IPIP>())?;
+    let (outer, inner, l4) = tunnelled::<F, P, IPIP>(packet, &view, config)?;
     if !F::same(&outer.dst, &F::of_config(config)) || !F::same(&inner.src, &outer.src) || inner.ttl <= 1 {
         return None;
     }
     let entry = tables.forward(flow(&view, &inner, &l4).key())?;
     let to = tables.translation(entry);
-    if to.tick != tables.tick() as u16 || to.state & STATE_CONFIRMED == 0 {
+    if to.tick != tables.tick() as u16 || to.state & STATE_CONFIRMED == 0 || to.encap.is_ipip() != IPIP {
         return None;
     }
     let tally = wire::tally(packet, &inner, &l4, 0, 0);
-    rewrite.begin(&inner, Way::Back);
+    rewrite.begin_at(inner.at, Way::Back);
     rewrite.decrement_ttl(&inner);
     rewrite.translate(packet, &inner, &l4, End::Source, &to).ok()?;
-    rewrite.pop = F::OVERHEAD as usize;
+    rewrite.pop = overhead::<F, IPIP>();
     Some(EntryHit {
         entry,
         stat: if F::INDEX == 0 { GatewayStat::MasqueradedV4 } else { GatewayStat::MasqueradedV6 },
@@ -399,15 +415,15 @@ pub fn back<F: Usual, P: Packet, T: NatTables<F>>(
     if to.tick != tables.tick() as u16 || to.state & STATE_REPLY == 0 {
         return None;
     }
-    if is_odd(packet, &ip, &l4, config.mtu) {
+    if is_odd(packet, &ip, &l4, to.encap.like_fou(config.mtu)) {
         return None;
     }
     let tally = wire::tally(packet, &ip, &l4, 0, 0);
-    rewrite.begin(&ip, Way::Back);
+    rewrite.begin_at(ip.at, Way::Back);
     rewrite.decrement_ttl(&ip);
     rewrite.translate(packet, &ip, &l4, End::Destination, &to).ok()?;
     let auto = config.flags & CONFIG_SOURCE_PORT_AUTO != 0;
-    rewrite.push = Some(push(&flow, &ip, F::of_config(config), to.addr, auto, config));
+    rewrite.push = Some(push(&flow, &ip, F::of_config(config), to.addr, to.encap, auto, config));
     Some(Some(EntryHit {
         entry,
         stat: if F::INDEX == 0 { GatewayStat::ReplyV4 } else { GatewayStat::ReplyV6 },

@@ -19,6 +19,7 @@ use coil_common::{
 
 use super::{from_pod, gateway, wire};
 use crate::{
+    encap::Encap,
     family::Family,
     flow::Flow,
     head::{Build, Tunnel, UDP},
@@ -213,13 +214,15 @@ pub fn from_pod<F: Parse + Build, P: Packet, T: NodeTables<F>>(
     let Some(choice) = from_pod::kept(entry, pod, &L4::UNKNOWN, tables) else {
         return Err(DropReason::FragmentUnknown);
     };
-    if exceeds(&ip, pod.mtu) {
+    let encap = Encap::of_config(config);
+    if exceeds(&ip, encap.like_fou(pod.mtu)) {
         return Err(DropReason::TooBig);
     }
     let egress = tables.egress(choice.value.egress).ok_or(DropReason::EgressUnresolved)?;
     let hash = flow.hash(config.seed);
-    rewrite.begin(&ip, Way::On);
+    rewrite.begin_at(ETHERNET, Way::On);
     rewrite.push = Some(Tunnel {
+        encap,
         src: F::of_pod(pod),
         dst: choice.gateway,
         src_port: source_port(egress.flags & EGRESS_SOURCE_PORT_AUTO != 0, hash, config),
@@ -260,7 +263,7 @@ pub fn to_pod<F: Outer, P: Packet, T: NodeTables<F>>(
     }
     rewrite.begin(&inner, Way::On);
     rewrite.take_congestion(&inner, outer.tos);
-    rewrite.pop = inner.at - ETHERNET;
+    rewrite.pop = rewrite.ip.at - ETHERNET;
     let Ok(flow) = follow(packet, &inner, now, tables) else {
         return Ok(Verdict::Rewrite(None));
     };
@@ -306,9 +309,9 @@ pub fn out<F: Outer, P: Packet, T: NatTables<F>>(
     rewrite.begin(&inner, Way::Back);
     rewrite.decrement_ttl(&inner);
     rewrite.take_congestion(&inner, outer.tos);
-    rewrite.ip.addr = Some((inner.at + F::SRC_AT, to.addr));
+    rewrite.ip.addr = Some((rewrite.ip.at + F::SRC_AT, to.addr));
     rewrite.cover(&inner, F::delta(&inner.src, &to.addr));
-    rewrite.pop = inner.at - ETHERNET;
+    rewrite.pop = rewrite.ip.at - ETHERNET;
     Ok(Verdict::Rewrite(gateway::Account {
         entry,
         stat: if F::INDEX == 0 { GatewayStat::MasqueradedV4 } else { GatewayStat::MasqueradedV6 },
@@ -333,6 +336,9 @@ pub fn back<F: Parse + Build, P: Packet, T: NatTables<F>>(
     };
     let now = tables.now();
     if ip.obstacle.is_none() {
+        if ip.protocol == F::IPIP {
+            return Err(DropReason::OuterFragment);
+        }
         let Ok(l4) = l4::parse(packet, &ip) else {
             return Ok(Verdict::Pass);
         };
@@ -354,16 +360,17 @@ pub fn back<F: Parse + Build, P: Packet, T: NatTables<F>>(
     if ip.ttl <= 1 {
         return Err(DropReason::TtlExceeded);
     }
-    if exceeds(&ip, config.mtu) {
+    let to = tables.translation(entry);
+    if exceeds(&ip, to.encap.like_fou(config.mtu)) {
         return Err(DropReason::TooBig);
     }
-    let to = tables.translation(entry);
     let hash = flow.hash(config.seed);
-    rewrite.begin(&ip, Way::Back);
+    rewrite.begin_at(ETHERNET, Way::Back);
     rewrite.decrement_ttl(&ip);
-    rewrite.ip.addr = Some((ip.at + F::DST_AT, to.addr));
+    rewrite.ip.addr = Some((rewrite.ip.at + F::DST_AT, to.addr));
     rewrite.cover(&ip, F::delta(&ip.dst, &to.addr));
     rewrite.push = Some(Tunnel {
+        encap: to.encap,
         src: F::of_config(config),
         dst: to.addr,
         src_port: source_port(config.flags & CONFIG_SOURCE_PORT_AUTO != 0, hash, config),

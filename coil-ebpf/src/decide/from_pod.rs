@@ -15,6 +15,7 @@ use coil_common::{
 
 use super::{affinity, inbound, wire};
 use crate::{
+    encap::Encap,
     family::Family,
     flow::{Flow, Hash},
     head::{Build, Tunnel},
@@ -97,8 +98,10 @@ pub fn from_pod<F: Parse + Build, P: Packet, T: NodeTables<F>>(
         }
     };
     let egress = tables.egress(choice.value.egress).ok_or(DropReason::EgressUnresolved)?;
-    if wire::exceeds(packet, &ip, &l4, pod.mtu) {
-        return Ok(Verdict::Refuse(wire::too_big(&ip, pod.mtu)));
+    let encap = Encap::of_config(config);
+    let mtu = encap.like_fou(pod.mtu);
+    if wire::exceeds(packet, &ip, &l4, mtu) {
+        return Ok(Verdict::Refuse(wire::too_big(&ip, mtu)));
     }
     let entry = match choice.change {
         Change::None => known,
@@ -127,10 +130,11 @@ pub fn from_pod<F: Parse + Build, P: Packet, T: NodeTables<F>>(
     }
 
     let hash = flow.hash(config.seed);
-    rewrite.begin(&ip, Way::On);
-    rewrite.clamp(&l4, mss::clamp(packet, &l4, wire::inner_mss::<F>(pod.mtu))?);
+    rewrite.begin_at(ETHERNET, Way::On);
+    rewrite.clamp(&l4, mss::clamp(packet, &l4, wire::inner_mss::<F>(mtu))?);
     rewrite.cut = wire::is_uncut(packet, &l4);
     rewrite.push = Some(Tunnel {
+        encap,
         src: F::of_pod(pod),
         dst: choice.gateway,
         src_port: source_port(egress.flags & EGRESS_SOURCE_PORT_AUTO != 0, hash, config),

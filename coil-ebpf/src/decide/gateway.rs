@@ -11,6 +11,7 @@ use coil_common::{
 
 use super::{edit::End, nat, wire};
 use crate::{
+    encap::Encap,
     family::Family,
     head::{Build, Tunnel},
     packet::{ETHERNET, Packet},
@@ -71,7 +72,7 @@ impl<F: Family> Ports<F> for OwnPorts<'_> {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Direction {
     /// It is tunnelled, from a client: [`out`].
-    Out,
+    Out(Encap),
     /// It may be a reply: [`back`].
     Back,
     /// It is not for the gateway's address.
@@ -88,8 +89,8 @@ pub fn direction<F: Outer, P: Packet>(packet: &mut P, config: &Config) -> Direct
     {
         return Direction::Neither;
     }
-    match tunnel::locate::<F, P>(packet, config.fou_port) {
-        Some(_) => Direction::Out,
+    match tunnel::encap::<F, P>(packet, config.fou_port) {
+        Some(encap) => Direction::Out(encap),
         None => Direction::Back,
     }
 }
@@ -108,7 +109,7 @@ pub fn gateway<F: Outer + Build, P: Packet, T: NatTables<F>>(
     rewrite: &mut Rewrite<F>,
 ) -> Decision<Account<T::Entry>> {
     match direction::<F, P>(packet, config) {
-        Direction::Out => out(packet, config, tables, rewrite),
+        Direction::Out(_) => out(packet, config, tables, rewrite),
         Direction::Back => back(packet, config, tables, rewrite),
         Direction::Neither => Ok(Verdict::Pass),
     }
@@ -161,8 +162,10 @@ pub fn out<F: Outer + Build, P: Packet, T: NatTables<F>>(
     rewrite.decrement_ttl(&inner);
     rewrite.take_congestion(&inner, outer.tos);
     rewrite.translate(packet, &inner, &l4, End::Source, &to)?;
-    rewrite.clamp(&l4, mss::clamp(packet, &l4, wire::inner_mss::<F>(config.mtu))?);
-    rewrite.pop = inner.at - ETHERNET;
+    // Read again, for want of room on the stack.
+    let mtu = tunnel::outermost::<F, P>(packet).like_fou(config.mtu);
+    rewrite.clamp(&l4, mss::clamp(packet, &l4, wire::inner_mss::<F>(mtu))?);
+    rewrite.pop = rewrite.ip.at - ETHERNET;
     let state = wire::shows(&l4, to.used, &wire::INITIATOR);
     Ok(Verdict::Rewrite(Account {
         entry,
@@ -192,6 +195,7 @@ pub fn back<F: Parse + Build, P: Packet, T: NatTables<F>>(
         Ok(l4) => l4,
         Err(DropReason::Fragment) => return Ok(Verdict::Fragment),
         Err(DropReason::UnsupportedIcmp) => return Ok(Verdict::Icmp),
+        Err(_) if ip.fragment != 0 => return Ok(Verdict::Fragment),
         Err(_) => return Ok(Verdict::Pass),
     };
     let now = tables.now();
@@ -202,12 +206,13 @@ pub fn back<F: Parse + Build, P: Packet, T: NatTables<F>>(
     if ip.ttl <= 1 {
         return Ok(Verdict::Refuse(Refusal::time_exceeded(ip)));
     }
-    if wire::exceeds(packet, ip, &l4, config.mtu) {
-        return Ok(Verdict::Refuse(wire::too_big(ip, config.mtu)));
+    let mtu = tables.translation(entry).encap.like_fou(config.mtu);
+    if wire::exceeds(packet, ip, &l4, mtu) {
+        return Ok(Verdict::Refuse(wire::too_big(ip, mtu)));
     }
 
-    rewrite.begin(ip, Way::Back);
-    rewrite.clamp(&l4, mss::clamp(packet, &l4, wire::inner_mss::<F>(config.mtu))?);
+    rewrite.begin_at(ETHERNET, Way::Back);
+    rewrite.clamp(&l4, mss::clamp(packet, &l4, wire::inner_mss::<F>(mtu))?);
     rewrite.decrement_ttl(ip);
     let to = tables.translation(entry);
     if ip.fragment != 0 && !rewrite.noted {
@@ -217,6 +222,7 @@ pub fn back<F: Parse + Build, P: Packet, T: NatTables<F>>(
     let hash = flow.hash(config.seed);
     rewrite.cut = wire::is_uncut(packet, &l4);
     rewrite.push = Some(Tunnel {
+        encap: to.encap,
         src: F::of_config(config),
         dst: to.addr,
         src_port: source_port(config.flags & CONFIG_SOURCE_PORT_AUTO != 0, hash, config),

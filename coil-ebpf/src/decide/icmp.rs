@@ -23,6 +23,7 @@ use super::{
 };
 use crate::{
     csum,
+    encap::Encap,
     family::Family,
     flow::Flow,
     head::{Build, Tunnel, UDP},
@@ -30,7 +31,7 @@ use crate::{
     parse::{
         Ip, l4,
         quote::{self, ICMP_HEADER, Icmp, Quote, QuoteEdit, Quoted, QuotedEnd},
-        tunnel::{self, Outer},
+        tunnel::{self, Outer, same},
     },
     tables::{NatTables, NodeTables, Ports, Tally},
     verdict::{Answer, Path, Refusal, Rewrite, Way, source_port},
@@ -88,7 +89,7 @@ impl<F: Family> ErrorRewrite<F> {
     /// Gives the error another source or destination. The ICMP checksum makes up for it in IPv6.
     #[inline(always)]
     fn move_to(&mut self, ip: &Ip<F>, at: usize, delta: u32, to: F::Addr) -> u32 {
-        self.base.ip.addr = Some((ip.at + at, to));
+        self.base.ip.addr = Some((self.base.ip.at + at, to));
         if F::CHECK_AT.is_some() {
             self.base.cover(ip, delta);
         }
@@ -119,11 +120,13 @@ fn through<F: Family>(
     ip: &Ip<F>,
     flow: &Flow<F>,
     (src, dst): (F::Addr, F::Addr),
+    encap: Encap,
     auto: bool,
     config: &Config,
 ) -> Tunnel<F> {
     let hash = flow.hash(config.seed);
     Tunnel {
+        encap,
         src,
         dst,
         src_port: source_port(auto, hash, config),
@@ -141,24 +144,32 @@ const fn tally<F: Family>(ip: &Ip<F>) -> Tally {
 
 /// The MTU that is left of one that a link between pod and gateway has.
 #[inline(always)]
-fn inner_mtu<F: Build>(icmp: &Icmp) -> u16 {
+fn inner_mtu<F: Build>(icmp: &Icmp, encap: Encap) -> u16 {
     // What old routers mean that say nothing.
     const UNKNOWN: u32 = 576;
     let least = if F::INDEX == 0 { 68 } else { 1280 };
     let outer = icmp.mtu::<F>();
-    let inner = wire::inner_mtu::<F>(if outer == 0 { UNKNOWN } else { outer });
+    let outer = if outer == 0 { UNKNOWN } else { outer };
+    // Room for what is added to a number that anybody may have written.
+    let outer = if outer > 0xf_ffff { 0xf_ffff } else { outer };
+    let inner = wire::inner_mtu::<F>(encap.like_fou(outer));
     let inner = if inner < least { least } else { inner };
     if inner > 0xffff { 0xffff } else { inner as u16 }
 }
 
 /// An error about the packet that is quoted inside the tunnel's headers.
 #[inline(always)]
-fn underlay<F: Build>(inner: &Quote<F>, icmp: &Icmp, path: Path) -> Result<Refusal, DropReason> {
+fn underlay<F: Build>(
+    inner: &Quote<F>,
+    icmp: &Icmp,
+    encap: Encap,
+    path: Path,
+) -> Result<Refusal, DropReason> {
     // As far as a refusal can look.
     if inner.at > 0x7f {
         return Err(DropReason::IcmpQuote);
     }
-    let answer = Answer { at: inner.at as u8, path, kind: F::TOO_BIG, mtu: inner_mtu::<F>(icmp) };
+    let answer = Answer { at: inner.at as u8, path, kind: F::TOO_BIG, mtu: inner_mtu::<F>(icmp, encap) };
     Ok(Refusal { reason: DropReason::UnderlayTooBig, answer })
 }
 
@@ -168,10 +179,20 @@ fn is_too_big<F: Build>(icmp: &Icmp) -> bool {
     u16::from_ne_bytes(icmp.kind) == u16::from_ne_bytes(F::TOO_BIG)
 }
 
-/// What is quoted is a tunnelled packet.
+/// The kind of tunnel if what is quoted is a tunnelled packet.
 #[inline(always)]
-fn is_tunnelled<F: Family>(quote: &Quote<F>, config: &Config) -> bool {
-    quote.protocol == UDP && u16::from_ne_bytes(quote.dst_port) == u16::from_ne_bytes(config.fou_port)
+fn tunnelled<F: Family>(quote: &Quote<F>, config: &Config) -> Option<Encap> {
+    let [a, b] = quote.dst_port;
+    let [p, q] = config.fou_port;
+    let ipip = same(quote.protocol, F::IPIP);
+    let fou = same(quote.protocol, UDP) & same(a, p) & same(b, q);
+    (ipip | fou != 0).then_some(Encap::ipip_if(ipip))
+}
+
+/// Offset of the packet inside a tunnelled one that is quoted.
+#[inline(always)]
+fn inside<F: Family>(outer: &Quote<F>, encap: Encap) -> usize {
+    outer.l4 + (encap.overhead::<F>() as usize - F::HEADER)
 }
 
 /// Decides about an ICMP message from `pod` that is not an echo, after its source was checked.
@@ -208,13 +229,14 @@ pub fn from_pod<F: Quoted + Build, P: Packet, T: NodeTables<F>>(
     let flow = quote.flow().reversed();
     let entry = tables.flow(flow.key()).ok_or(DropReason::IcmpNoFlow)?;
     let choice = from_pod::kept(entry, pod, &l4::L4::UNKNOWN, tables).ok_or(DropReason::IcmpNoFlow)?;
-    if ip.length > wire::inner_mtu::<F>(pod.mtu) {
+    let encap = Encap::of_config(config);
+    if ip.length > wire::inner_mtu::<F>(encap.like_fou(pod.mtu)) {
         return Err(DropReason::TooBig);
     }
     let egress = tables.egress(choice.value.egress).ok_or(DropReason::EgressUnresolved)?;
     let auto = egress.flags & EGRESS_SOURCE_PORT_AUTO != 0;
-    rewrite.base.begin(&ip, Way::On);
-    rewrite.base.push = Some(through(&ip, &flow, (own, choice.gateway), auto, config));
+    rewrite.base.begin_at(ETHERNET, Way::On);
+    rewrite.base.push = Some(through(&ip, &flow, (own, choice.gateway), encap, auto, config));
     Ok(Verdict::Rewrite(Account {
         flow: None,
         egress: choice.value.egress,
@@ -244,7 +266,7 @@ pub fn to_pod<F: Quoted + Outer + Build, P: Packet, T: NodeTables<F>>(
     let inner = tunnel::inner(packet, &outer)?;
     rewrite.base.begin(&inner, Way::On);
     rewrite.base.take_congestion(&inner, outer.tos);
-    rewrite.base.pop = inner.at - ETHERNET;
+    rewrite.base.pop = rewrite.base.ip.at - ETHERNET;
     // What is wrong with it the gateway should have seen; it counts if it can be counted.
     let quoted = match quote::error(packet, &inner) {
         Ok(Some(_)) if inner.fragment == 0 => {
@@ -281,13 +303,15 @@ fn outside<F: Quoted + Build, P: Packet, T: NodeTables<F>>(
     if ip.fragment != 0 {
         let outer = match l4::parse(packet, &ip) {
             Ok(l4) => {
-                ip.protocol == UDP
-                    && u16::from_ne_bytes(l4.dst_port) == u16::from_ne_bytes(config.fou_port)
-                    && tables.is_peer(pod.set, &ip.src)
+                ip.protocol == UDP && u16::from_ne_bytes(l4.dst_port) == u16::from_ne_bytes(config.fou_port)
             }
-            Err(_) => false,
+            Err(_) => ip.obstacle.is_none() && ip.protocol == F::IPIP,
         };
-        return if outer { Err(DropReason::OuterFragment) } else { Ok(Verdict::Pass) };
+        return if outer && tables.is_peer(pod.set, &ip.src) {
+            Err(DropReason::OuterFragment)
+        } else {
+            Ok(Verdict::Pass)
+        };
     }
     let icmp = match quote::error(packet, &ip) {
         Ok(Some(icmp)) if is_too_big::<F>(&icmp) => icmp,
@@ -297,17 +321,20 @@ fn outside<F: Quoted + Build, P: Packet, T: NodeTables<F>>(
         return Ok(Verdict::Pass);
     };
     let own = F::of_pod(pod);
-    if !is_tunnelled(&outer, config) || !F::same(&outer.src, &own) || !tables.is_peer(pod.set, &outer.dst) {
+    let Some(encap) = tunnelled(&outer, config) else {
+        return Ok(Verdict::Pass);
+    };
+    if !F::same(&outer.src, &own) || !tables.is_peer(pod.set, &outer.dst) {
         return Ok(Verdict::Pass);
     }
-    let inner = quote::parse::<F, P>(packet, outer.l4 + 8, ip.end())?;
+    let inner = quote::parse::<F, P>(packet, inside(&outer, encap), ip.end())?;
     if !F::same(&inner.src, &own) {
         return Err(DropReason::IcmpMismatch);
     }
     if tables.flow(inner.flow().key()).is_none() {
         return Err(DropReason::IcmpNoFlow);
     }
-    Ok(Verdict::Refuse(underlay(&inner, &icmp, Path::On)?))
+    Ok(Verdict::Refuse(underlay(&inner, &icmp, encap, Path::On)?))
 }
 
 /// How a translated error counts.
@@ -362,7 +389,7 @@ pub fn out<F: Quoted + Outer + Build, P: Packet, T: NatTables<F>>(
     rewrite.base.begin(&inner, Way::Back);
     rewrite.base.decrement_ttl(&inner);
     rewrite.base.take_congestion(&inner, outer.tos);
-    rewrite.base.pop = inner.at - ETHERNET;
+    rewrite.base.pop = rewrite.base.ip.at - ETHERNET;
     let delta = F::delta(&inner.src, &to.addr);
     let change = rewrite.move_to(&inner, F::SRC_AT, delta, to.addr);
     let quoted = quote.translate(packet, QuotedEnd::Destination, &to, &mut rewrite.quote)?;
@@ -399,11 +426,13 @@ pub fn back<F: Quoted + Build, P: Packet, T: NatTables<F>>(
     if !F::same(&quote.src, &ip.dst) {
         return Err(DropReason::IcmpMismatch);
     }
-    if is_tunnelled(&quote, config) && tables.is_client(&quote.dst) {
+    if let Some(encap) = tunnelled(&quote, config)
+        && tables.is_client(&quote.dst)
+    {
         if !is_too_big::<F>(&icmp) {
             return Ok(Verdict::Pass);
         }
-        let inner = quote::parse(packet, quote.l4 + 8, ip.end())?;
+        let inner = quote::parse(packet, inside(&quote, encap), ip.end())?;
         if !F::same(&inner.dst, &quote.dst) {
             return Err(DropReason::IcmpMismatch);
         }
@@ -411,7 +440,7 @@ pub fn back<F: Quoted + Build, P: Packet, T: NatTables<F>>(
         let to = tables.translation(entry);
         // The checksum of the error that takes its place is made anew.
         inner.translate(packet, QuotedEnd::Destination, &to, &mut rewrite.quote)?;
-        return Ok(Verdict::Refuse(underlay(&inner, &icmp, Path::Back)?));
+        return Ok(Verdict::Refuse(underlay(&inner, &icmp, encap, Path::Back)?));
     }
     let flow = quote.flow().reversed();
     let Some(entry) = tables.reverse(flow.key()) else {
@@ -421,12 +450,12 @@ pub fn back<F: Quoted + Build, P: Packet, T: NatTables<F>>(
     if ip.ttl <= 1 {
         return Err(DropReason::TtlExceeded);
     }
-    let most = wire::inner_mtu::<F>(config.mtu);
+    let to = tables.translation(entry);
+    let most = wire::inner_mtu::<F>(to.encap.like_fou(config.mtu));
     if ip.length > most {
         return Err(DropReason::TooBig);
     }
-    let to = tables.translation(entry);
-    rewrite.base.begin(&ip, Way::Back);
+    rewrite.base.begin_at(ETHERNET, Way::Back);
     rewrite.base.decrement_ttl(&ip);
     let delta = F::delta(&ip.dst, &to.addr);
     let mut change = rewrite.move_to(&ip, F::DST_AT, delta, to.addr);
@@ -436,7 +465,7 @@ pub fn back<F: Quoted + Build, P: Packet, T: NatTables<F>>(
     }
     rewrite.check = Some((ip.l4 + 2, csum::update(icmp.check, change)));
     let auto = config.flags & CONFIG_SOURCE_PORT_AUTO != 0;
-    rewrite.base.push = Some(through(&ip, &flow, (F::of_config(config), to.addr), auto, config));
+    rewrite.base.push = Some(through(&ip, &flow, (F::of_config(config), to.addr), to.encap, auto, config));
     Ok(Verdict::Rewrite(GatewayAccount {
         stat: if F::INDEX == 0 { GatewayStat::ReplyV4 } else { GatewayStat::ReplyV6 },
         bytes: ip.length,

@@ -10,6 +10,7 @@ use coil_common::{
 
 use super::{from_pod::Account, wire};
 use crate::{
+    encap::Encap,
     packet::{ETHERNET, Packet},
     parse::{
         l4, mss,
@@ -41,6 +42,11 @@ pub fn to_pod<F: Outer, P: Packet, T: NodeTables<F>>(
     };
     let outer = tunnel::outer::<F, P>(packet, udp)?;
     if !tables.is_peer(pod.set, &outer.src) {
+        // Where no gateway is spoken to by IP in IP, a pod may have such tunnels of its own. It gets them
+        // as they are: nothing is unpacked for strangers.
+        if outer.encap.is_ipip() && !Encap::of_config(config).is_ipip() {
+            return Ok(Verdict::Pass);
+        }
         return Err(DropReason::UnknownGateway);
     }
     let inner = tunnel::inner(packet, &outer)?;
@@ -50,7 +56,7 @@ pub fn to_pod<F: Outer, P: Packet, T: NodeTables<F>>(
 
     rewrite.begin(&inner, Way::On);
     rewrite.take_congestion(&inner, outer.tos);
-    rewrite.pop = inner.at - ETHERNET;
+    rewrite.pop = rewrite.ip.at - ETHERNET;
     // What cannot be translated (a fragment from a gateway of an older release) is delivered all the
     // same; it belongs to no flow.
     let l4 = match l4::parse(packet, &inner) {
@@ -62,7 +68,10 @@ pub fn to_pod<F: Outer, P: Packet, T: NodeTables<F>>(
     if inner.fragment != 0 && !rewrite.noted {
         return Ok(Verdict::Fragment);
     }
-    rewrite.clamp(&l4, mss::clamp(packet, &l4, wire::inner_mss::<F>(pod.mtu))?);
+    rewrite.clamp(
+        &l4,
+        mss::clamp(packet, &l4, wire::inner_mss::<F>(Encap::of_config(config).like_fou(pod.mtu)))?,
+    );
     let flow = tables.flow(l4.flow(&inner).reversed().key());
     let account = match flow {
         None => None,

@@ -202,6 +202,10 @@ pub fn parse<F: Quoted, P: Packet>(packet: &mut P, at: usize, end: usize) -> Res
         }
         return Ok(quote);
     }
+    // A tunnelled packet.
+    if quote.protocol == F::IPIP {
+        return Ok(quote);
+    }
     if quote.protocol != F::ICMP {
         return Err(DropReason::IcmpQuote);
     }

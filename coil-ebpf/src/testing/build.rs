@@ -285,7 +285,16 @@ pub fn tunnel(src: IpAddr, dst: IpAddr, inner: &[u8]) -> Vec<u8> {
     tunnel_from(src, dst, FOU, inner)
 }
 
-/// The same with another UDP source port.
+/// `inner` in another packet, as the datapath tunnels it by IP in IP.
+#[must_use]
+pub fn ipip(src: IpAddr, dst: IpAddr, inner: &[u8]) -> Vec<u8> {
+    let (protocol, ecn) = if src.is_ipv4() { (4, inner[1] & 3) } else { (41, (inner[1] >> 4) & 3) };
+    let mut ip = Ip::new(src, dst).ttl(225).tos(ecn);
+    ip.id = 0;
+    ip.packet(protocol, inner)
+}
+
+/// The same as [`tunnel`] with another UDP source port.
 #[must_use]
 pub fn tunnel_from(src: IpAddr, dst: IpAddr, src_port: u16, inner: &[u8]) -> Vec<u8> {
     let ecn = match inner.first().map(|first| first >> 4) {

@@ -19,13 +19,14 @@ use crate::{
         icmp::{self, ErrorRewrite},
         inbound, to_pod,
     },
+    encap::{self, Encap},
     family::{Family, V4, V6},
-    head::Build,
+    head::{Build, TUNNEL_TTL, Tunnel},
     packet::{ETHERNET, Packet as _},
     parse::{
         eth::{EtherType, ethertype},
         quote::Quoted,
-        tunnel::Outer,
+        tunnel::{self, Outer},
     },
     tables::{NatTables, NodeTables},
     verdict::{Answer, Path, Refusal, Rewrite, Verdict, Way},
@@ -81,24 +82,35 @@ where
             fast::unserved::<F, _>(packet, &pod()?)?;
         }
         Hook::FromPod => {
-            let hit = fast::from_pod(packet, &pod()?, config, tables, &mut rewrite)?;
+            let hit = if Encap::of_config(config).is_ipip() {
+                fast::from_pod::<F, _, _, true>(packet, &pod()?, config, tables, &mut rewrite)?
+            } else {
+                fast::from_pod::<F, _, _, false>(packet, &pod()?, config, tables, &mut rewrite)?
+            };
             apply(packet, &rewrite);
             hit.commit(tables);
         }
         Hook::ToPod => {
-            let hit = fast::to_pod(packet, &pod()?, config, tables, &mut rewrite)?;
+            let hit = if Encap::of_config(config).is_ipip() {
+                fast::to_pod::<F, _, _, true>(packet, &pod()?, config, tables, &mut rewrite)?
+            } else {
+                fast::to_pod::<F, _, _, false>(packet, &pod()?, config, tables, &mut rewrite)?
+            };
             apply(packet, &rewrite);
             hit.commit(tables);
         }
         Hook::Gateway => {
-            let outward = gateway::direction::<F, _>(packet, config);
-            let hit = if matches!(outward, gateway::Direction::Out) {
-                fast::out(packet, config, tables, &mut rewrite)?
-            } else {
-                match fast::back(packet, config, tables, &mut rewrite)? {
+            let hit = match gateway::direction::<F, _>(packet, config) {
+                gateway::Direction::Out(encap) if encap.is_ipip() => {
+                    fast::out::<F, _, _, true>(packet, config, tables, &mut rewrite)?
+                }
+                gateway::Direction::Out(_) => {
+                    fast::out::<F, _, _, false>(packet, config, tables, &mut rewrite)?
+                }
+                _ => match fast::back(packet, config, tables, &mut rewrite)? {
                     Some(hit) => hit,
                     None => return Some(Action::Pass),
-                }
+                },
             };
             apply(packet, &rewrite);
             hit.commit(tables);
@@ -163,7 +175,7 @@ where
             let mut verdict = gateway::gateway(packet, config, tables, &mut rewrite)?;
             if matches!(verdict, Verdict::Fragment) {
                 verdict = match gateway::direction::<F, _>(packet, config) {
-                    gateway::Direction::Out => fragment::out(packet, config, tables, &mut rewrite)?,
+                    gateway::Direction::Out(_) => fragment::out(packet, config, tables, &mut rewrite)?,
                     _ => fragment::back(packet, config, tables, &mut rewrite)?,
                 };
             }
@@ -177,7 +189,11 @@ where
     match verdict {
         Verdict::Pass => Ok(Action::Pass),
         Verdict::Rewrite(counted) => {
+            let outward = gateway::direction::<F, _>(packet, config);
             apply(packet, &rewrite);
+            if let (Hook::Gateway, gateway::Direction::Out(encap)) = (hook, outward) {
+                encap::note::<F, _, _>(packet, encap, tables);
+            }
             counted.commit::<F>(tables);
             Ok(action(rewrite.way))
         }
@@ -204,7 +220,7 @@ where
         return Ok(Action::Pass);
     };
     let outward =
-        || matches!(gateway::direction::<F, _>(&mut packet.clone(), config), gateway::Direction::Out);
+        || matches!(gateway::direction::<F, _>(&mut packet.clone(), config), gateway::Direction::Out(_));
     let verdict = match hook {
         Hook::FromPod => icmp::from_pod(packet, &pod, config, tables, &mut rewrite)?
             .map(|account: from_pod::Account<_>| Counted::Flow(Some(account))),
@@ -259,7 +275,7 @@ fn action(way: Way) -> Action {
     }
 }
 
-fn drop_and_tell<F: Build>(
+fn drop_and_tell<F: Outer + Build>(
     packet: &mut Memory,
     refusal: &Refusal,
     config: &Config,
@@ -326,12 +342,17 @@ pub fn apply<F: Build>(packet: &mut Memory, rewrite: &Rewrite<F>) {
     }
     packet.bytes.drain(ETHERNET..ETHERNET + rewrite.pop);
     if let Some(tunnel) = &rewrite.push {
-        insert(&mut packet.bytes, bytemuck::bytes_of(&F::tunnel(tunnel)));
+        insert_tunnel(&mut packet.bytes, tunnel);
     }
 }
 
 /// Makes an ICMP error of a packet, as often as is allowed.
-fn refuse<F: Build>(packet: &mut Memory, answer: &Answer, config: &Config, tables: &Tables) -> Action {
+fn refuse<F: Outer + Build>(
+    packet: &mut Memory,
+    answer: &Answer,
+    config: &Config,
+    tables: &Tables,
+) -> Action {
     if config.icmp_rate != 0 && config.icmp_burst == 0 {
         tables.count_icmp(IcmpStat::Suppressed);
         return Action::Drop;
@@ -348,7 +369,11 @@ fn refuse<F: Build>(packet: &mut Memory, answer: &Answer, config: &Config, table
     }
 }
 
-fn respond<F: Build>(packet: &mut Memory, answer: &Answer, config: &Config) -> Result<(), DropReason> {
+fn respond<F: Outer + Build>(
+    packet: &mut Memory,
+    answer: &Answer,
+    config: &Config,
+) -> Result<(), DropReason> {
     let at = usize::from(answer.at);
     packet.ensure(at + F::HEADER)?;
     let length = if F::INDEX == 0 {
@@ -363,7 +388,8 @@ fn respond<F: Build>(packet: &mut Memory, answer: &Answer, config: &Config) -> R
     }
     let length = u16::try_from(quoted).map_err(|_| DropReason::RewriteFailed)?;
     let error = answer.error::<F, _>(packet, config, length)?;
-    let tunnel = answer.tunnel::<F>(config, &error.dst, length);
+    let encap = tunnel::outermost::<F, _>(packet);
+    let tunnel = answer.tunnel::<F>(encap, config, &error.dst, length);
     let head = F::error(&error, sum(&packet.bytes[at..at + quoted]));
     if answer.path != Path::On {
         turn_around(&mut packet.bytes);
@@ -372,7 +398,7 @@ fn respond<F: Build>(packet: &mut Memory, answer: &Answer, config: &Config) -> R
     packet.bytes.drain(ETHERNET..at);
     insert(&mut packet.bytes, bytemuck::bytes_of(&head));
     if let Some(tunnel) = tunnel {
-        insert(&mut packet.bytes, bytemuck::bytes_of(&F::tunnel(&tunnel)));
+        insert_tunnel(&mut packet.bytes, &tunnel);
     }
     packet.gso_size = 0;
     Ok(())
@@ -386,6 +412,11 @@ fn turn_around(bytes: &mut [u8]) {
 
 fn write(bytes: &mut [u8], at: usize, value: &[u8]) {
     bytes[at..at + value.len()].copy_from_slice(value);
+}
+
+fn insert_tunnel<F: Build>(bytes: &mut Vec<u8>, tunnel: &Tunnel<F>) {
+    let head = F::tunnel(tunnel);
+    insert(bytes, &bytemuck::bytes_of(&head)[..tunnel.encap.overhead::<F>() as usize]);
 }
 
 fn insert(bytes: &mut Vec<u8>, head: &[u8]) {
@@ -417,9 +448,12 @@ fn sum(bytes: &[u8]) -> u32 {
 #[must_use]
 pub fn canonical(bytes: &[u8]) -> Vec<u8> {
     let mut out = bytes.to_vec();
-    let tunnelled = |at: usize| out.get(at..at + 2) == Some(&super::build::FOU.to_be_bytes()[..]);
+    let is_fou = |at: usize| out.get(at..at + 2) == Some(&super::build::FOU.to_be_bytes()[..]);
+    let ttl = |at: usize| out.get(at) == Some(&TUNNEL_TTL);
     match out.get(12..15) {
-        Some([8, 0, 0x45]) if out.get(23) == Some(&17) && tunnelled(36) => {
+        Some([8, 0, 0x45])
+            if out.get(23) == Some(&17) && is_fou(36) || out.len() >= 34 && out[23] == 4 && ttl(22) =>
+        {
             let sum_before = super::build::sum(&out[14..34]);
             if sum_before == 0xffff {
                 write(&mut out, 18, &[0, 0]);
@@ -428,7 +462,9 @@ pub fn canonical(bytes: &[u8]) -> Vec<u8> {
                 write(&mut out, 24, &check.to_be_bytes());
             }
         }
-        Some([0x86, 0xdd, _]) if out.get(20) == Some(&17) && tunnelled(56) => {
+        Some([0x86, 0xdd, _])
+            if out.get(20) == Some(&17) && is_fou(56) || out.get(20) == Some(&41) && ttl(21) =>
+        {
             out[15] &= 0xf0;
             write(&mut out, 16, &[0, 0]);
         }

@@ -8,11 +8,15 @@ use std::{
 use coil_common::{
     names,
     stats::{Direction, DropReason, GatewayStat, IcmpStat, egress_stat},
-    values::{Counter, EgressValue, FlowValue, FragmentValue, GatewayValue, NatValue4, NatValue6, PodValue},
+    values::{
+        Counter, EgressValue, FlowValue, FragmentValue, GatewayValue, NatValue4, NatValue6, PodValue,
+        STATE_ENCAP,
+    },
 };
 
 use super::entries::{Bytes, Entry, Key, Value};
 use crate::{
+    encap::Encap,
     family::{Family, V4, V6, addr4, addr6},
     packet::{Packet, View},
     tables::{Clock, Fragments, Full, NatTables, NodeTables, ReserveError, Tally, Translation},
@@ -436,7 +440,8 @@ macro_rules! tables {
                 Translation {
                     addr: $addr(value.addr),
                     port: value.port,
-                    state: value.state,
+                    state: value.state & !STATE_ENCAP,
+                    encap: Encap::of_state(value.state),
                     last_seen: value.last_seen,
                     used: value.packets != 0,
                     tick: value.tick,
@@ -464,7 +469,11 @@ macro_rules! tables {
             }
 
             fn restart(&self, entry: Self::Entry) {
-                self.change::<$nat>(entry, |old| old.state = 0);
+                self.change::<$nat>(entry, |old| old.state &= STATE_ENCAP);
+            }
+
+            fn set_encap(&self, entry: Self::Entry, encap: Encap) {
+                self.change::<$nat>(entry, |old| old.state = old.state & !STATE_ENCAP | encap.bits());
             }
 
             fn count_entry(&self, entry: Self::Entry, tally: &Tally) {

@@ -17,6 +17,7 @@ mod roles;
 mod support;
 mod tally;
 mod tools;
+mod tunnels;
 mod udp_gso;
 
 use std::process::ExitCode;
@@ -41,6 +42,7 @@ fn main() -> ExitCode {
         tools::scenarios(),
         choice::scenarios(),
         gateways::scenarios(),
+        tunnels::scenarios(),
         // Last: these kill what the others use.
         restart::scenarios(),
     ]

@@ -52,8 +52,12 @@ pub(super) fn render(e: &Explanation) -> String {
         out.line(
             "Tunnel",
             &format!(
-                "FOU {} -> {}; packets up to {} bytes fit, the MSS of TCP is lowered to {}",
-                tunnel.source, tunnel.destination, tunnel.mtu, tunnel.mss
+                "{} {} -> {}; packets up to {} bytes fit, the MSS of TCP is lowered to {}",
+                if tunnel.kind == "fou" { "FOU" } else { "IP in IP" },
+                tunnel.source,
+                tunnel.destination,
+                tunnel.mtu,
+                tunnel.mss
             ),
         );
     }

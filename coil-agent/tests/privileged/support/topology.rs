@@ -19,7 +19,9 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use coil_agent::datapath::{ApplyReport, AttachMode, Datapath, IcmpLimit, NodeDatapath, NodeOptions};
+use coil_agent::datapath::{
+    ApplyReport, AttachMode, Datapath, IcmpLimit, NodeDatapath, NodeOptions, TunnelKind,
+};
 use coil_agent::desired::{
     DesiredEgress, DesiredPod, DesiredState, EgressName, GatewayState, Policy, PolicyAction,
 };
@@ -54,6 +56,8 @@ pub(crate) struct Topology {
     pub(crate) bpffs: BpfFs,
     /// Where gateway and world are, if not at the client's node.
     pub(crate) far: Option<NetNs>,
+    /// By what the client's node sends.
+    pub(crate) tunnel: TunnelKind,
 }
 
 /// UID of the gateway's pod.
@@ -90,9 +94,16 @@ impl Topology {
         let client = host(&node, "client", "vclient", [10, 1, 0], 0x1);
         let gateway = host(there, "gateway", "vgateway", [10, 2, 0], 0x2);
         let external = host(there, "external", "vexternal", [192, 0, 2], 0x3);
-        let topology = Self { client, gateway, external, bpffs: BpfFs::new(), node, far };
+        let topology =
+            Self { client, gateway, external, bpffs: BpfFs::new(), node, far, tunnel: TunnelKind::Fou };
         topology.wait();
         topology
+    }
+
+    /// The same with another tunnel.
+    pub(crate) fn by(mut self, tunnel: TunnelKind) -> Self {
+        self.tunnel = tunnel;
+        self
     }
 
     /// The node of gateway and world.
@@ -126,6 +137,7 @@ impl Topology {
         NodeOptions {
             bpffs_root: self.bpffs.root().to_owned(),
             fou_port: 5555,
+            tunnel: self.tunnel,
             node_ipv4: Some(Ipv4Addr::new(10, 1, 0, 1)),
             node_ipv6: Some(Ipv6Addr::new(0xfd00, 1, 0, 0, 0, 0, 0, 1)),
             max_flows: 4096,

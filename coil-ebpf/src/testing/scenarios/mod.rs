@@ -5,6 +5,7 @@ mod fragments;
 mod from_pod;
 mod gateway;
 mod icmp;
+mod ipip;
 mod notes;
 mod to_pod;
 mod world;
@@ -22,6 +23,7 @@ pub fn scenarios() -> Vec<Scenario> {
         out.extend(gateway::rows(&world));
         out.extend(errors::rows(&world));
         out.extend(icmp::rows(&world));
+        out.extend(ipip::rows(&world));
         out.extend(fragments::rows(&world));
         out.extend(notes::rows(&world));
     }

@@ -1,0 +1,178 @@
+//! Tunnels without UDP, and changing from one kind to the other.
+
+#![expect(clippy::unwrap_used, reason = "tests")]
+
+use std::net::{IpAddr, SocketAddr, TcpStream, UdpSocket};
+
+use coil_agent::datapath::{NodeDatapath, TunnelKind};
+use coil_common::keys::{FlowKey4, FlowKey6};
+use coil_common::names::{MAP_NAT_FORWARD_V4, MAP_NAT_FORWARD_V6, MAP_NAT_REVERSE_V4, MAP_NAT_REVERSE_V6};
+use coil_common::stats::DropReason;
+use coil_common::values::{NatValue4, NatValue6, STATE_ENCAP, STATE_IPIP};
+use nix::sys::socket::{setsockopt, sockopt::UdpGsoSegment};
+
+use crate::restart::Transfer;
+use crate::support::topology::Topology;
+use crate::support::{DEADLINE, maps, wait_for};
+use crate::traffic::{dump, echo_server, everything_works, offloads, pattern, udp_peer};
+
+/// By what clients have been heard last, of all halves of all translations.
+fn noted(topology: &Topology) -> Vec<u32> {
+    let pins = topology.gateway_pins();
+    let v4 = [MAP_NAT_FORWARD_V4, MAP_NAT_REVERSE_V4]
+        .into_iter()
+        .flat_map(|map| maps::entries::<FlowKey4, NatValue4>(&pins, map))
+        .map(|(_, value)| value.state);
+    let v6 = [MAP_NAT_FORWARD_V6, MAP_NAT_REVERSE_V6]
+        .into_iter()
+        .flat_map(|map| maps::entries::<FlowKey6, NatValue6>(&pins, map))
+        .map(|(_, value)| value.state);
+    v4.chain(v6).map(|state| state & STATE_ENCAP).collect()
+}
+
+fn traffic(topology: &Topology) {
+    everything_works(topology, None);
+    let noted = noted(topology);
+    assert!(noted.len() >= 12 && noted.iter().all(|encap| *encap == STATE_IPIP), "{noted:x?}");
+}
+
+#[test]
+#[ignore = "privileged: needs root and the eBPF object"]
+fn traffic_goes_by_ip_in_ip() {
+    traffic(&Topology::new().by(TunnelKind::Ipip));
+}
+
+#[test]
+#[ignore = "privileged: needs root and the eBPF object"]
+fn traffic_goes_by_ip_in_ip_across_nodes() {
+    traffic(&Topology::across().by(TunnelKind::Ipip));
+}
+
+#[test]
+#[ignore = "privileged: needs root and the eBPF object"]
+fn bytes_are_exact_by_ip_in_ip() {
+    offloads(&Topology::new().by(TunnelKind::Ipip));
+}
+
+#[test]
+#[ignore = "privileged: needs root and the eBPF object"]
+fn bytes_are_exact_by_ip_in_ip_across_nodes() {
+    offloads(&Topology::across().by(TunnelKind::Ipip));
+}
+
+/// Datagrams that leave in one piece of 20 and arrive one by one, there and back.
+#[test]
+#[ignore = "privileged: needs root and the eBPF object"]
+fn many_datagrams_at_once_go_by_ip_in_ip() {
+    const SIZE: usize = 1000;
+    const COUNT: usize = 20;
+    for topology in [Topology::new(), Topology::across()] {
+        let topology = topology.by(TunnelKind::Ipip);
+        let _node = topology.apply(topology.open_node(None), &topology.state());
+        let _gateway = topology.open_gateway();
+        for v6 in [false, true] {
+            let address = topology.external.address(v6);
+            let (sender, receiver) = std::sync::mpsc::channel();
+            let server = topology.external.net.spawn(move || {
+                let socket = UdpSocket::bind((address, 0)).unwrap();
+                socket.set_read_timeout(Some(DEADLINE)).unwrap();
+                sender.send(socket.local_addr().unwrap()).unwrap();
+                let mut all: Vec<u8> = Vec::new();
+                let mut buffer = vec![0; 65536];
+                let mut to = None;
+                for _ in 0..COUNT {
+                    let (count, peer) = socket.recv_from(&mut buffer).unwrap();
+                    assert_eq!(count, SIZE);
+                    all.extend(&buffer[..count]);
+                    to = Some(peer);
+                }
+                setsockopt(&socket, UdpGsoSegment, &i32::try_from(SIZE).unwrap()).unwrap();
+                socket.send_to(&all, to.unwrap()).unwrap();
+                all
+            });
+            let to = receiver.recv().unwrap();
+            let sent = pattern(SIZE * COUNT);
+            let bytes = sent.clone();
+            let back = topology.client.net.run(move || {
+                let any: IpAddr = if v6 { "::".parse().unwrap() } else { "0.0.0.0".parse().unwrap() };
+                let socket = UdpSocket::bind((any, 0)).unwrap();
+                socket.set_read_timeout(Some(DEADLINE)).unwrap();
+                setsockopt(&socket, UdpGsoSegment, &i32::try_from(SIZE).unwrap()).unwrap();
+                socket.send_to(&bytes, to).unwrap();
+                let mut all: Vec<u8> = Vec::new();
+                let mut buffer = vec![0; 65536];
+                for _ in 0..COUNT {
+                    let (count, _) = socket.recv_from(&mut buffer).unwrap();
+                    assert_eq!(count, SIZE);
+                    all.extend(&buffer[..count]);
+                }
+                all
+            });
+            assert!(server.join().unwrap() == sent && back == sent, "v6: {v6}; {}", dump(&topology));
+        }
+    }
+}
+
+#[test]
+#[ignore = "privileged: needs root and the eBPF object"]
+fn eight_bytes_more_fit_by_ip_in_ip() {
+    let topology = Topology::new().by(TunnelKind::Ipip);
+    let _node = topology.apply(topology.open_node(None), &topology.state());
+    let _gateway = topology.open_gateway();
+    for v6 in [false, true] {
+        let (family, header, mtu) = if v6 { ("-6", 48, 1460) } else { ("-4", 28, 1480) };
+        let external = topology.external.address(v6);
+        assert!(udp_peer(&topology, v6, mtu - header).is_some(), "{}", dump(&topology));
+        assert_eq!(udp_peer(&topology, v6, mtu - header + 1), None);
+        wait_for("the client's path MTU", || {
+            let route = topology.client.net.ip(&format!("{family} route get {external}"));
+            route.contains(&format!("mtu {mtu}")).then_some(())
+        });
+    }
+    assert_eq!(maps::drops(&topology.bpffs.node(), DropReason::TooBig), 2);
+}
+
+fn reopen(topology: &mut Topology, node: NodeDatapath, tunnel: TunnelKind) -> NodeDatapath {
+    drop(node);
+    topology.tunnel = tunnel;
+    topology.apply(topology.open_node(None), &topology.state())
+}
+
+/// A connection that lives while its node changes the tunnel, and back again, and loses nothing.
+#[test]
+#[ignore = "privileged: needs root and the eBPF object"]
+fn a_transfer_survives_a_change_of_tunnels() {
+    for mut topology in [Topology::new(), Topology::across()] {
+        let mut node = topology.apply(topology.open_node(None), &topology.state());
+        let gateway = topology.open_gateway();
+        for v6 in [false, true] {
+            let (address, server): (SocketAddr, _) = echo_server(&topology, v6);
+            let stream =
+                topology.client.net.run(move || TcpStream::connect_timeout(&address, DEADLINE).unwrap());
+            stream.set_read_timeout(Some(DEADLINE)).unwrap();
+            let mut transfer = Transfer { stream, sent: Vec::new() };
+            for (tunnel, encap) in [(TunnelKind::Ipip, STATE_IPIP), (TunnelKind::Fou, 0)] {
+                let (still, now) = std::thread::scope(|scope| {
+                    let busy = scope.spawn(move || {
+                        transfer.step(8 << 20);
+                        transfer
+                    });
+                    let node = reopen(&mut topology, node, tunnel);
+                    (busy.join().unwrap(), node)
+                });
+                (transfer, node) = (still, now);
+                transfer.step(1 << 20);
+                let noted = noted(&topology);
+                let flow = if v6 { &noted[noted.len() - 2..] } else { &noted[..2] };
+                assert_eq!(flow, [encap; 2], "{tunnel:?}, v6: {v6}");
+            }
+            transfer.stream.shutdown(std::net::Shutdown::Write).unwrap();
+            let (peer, arrived) = server.join().unwrap();
+            assert_eq!(peer.ip(), topology.gateway.address(v6));
+            assert!(arrived == transfer.sent);
+        }
+        assert_eq!(maps::all_drops(&topology.bpffs.node()), []);
+        assert_eq!(maps::all_drops(&topology.gateway_pins()), [], "{}", dump(&topology));
+        drop((node, gateway));
+    }
+}
