@@ -151,6 +151,10 @@ fn to_pod(ctx: TcContext) -> i32 {
     let Some(pod) = maps::pod(skb.ifindex()) else {
         return TC_ACT_UNSPEC;
     };
+    // Tunnels to egress pods, and whatever reaches pods without policy, are their own business.
+    if pod.set == NO_POLICY && !inbound::notes(pod) {
+        return TC_ACT_UNSPEC;
+    }
     let served = pod.set != NO_POLICY;
     match ethertype(&mut skb) {
         Ok(EtherType::V4) => {
@@ -433,9 +437,14 @@ fn gateway_ip<F: Outer + Usual>(ctx: &TcContext, skb: &mut Skb) -> u64
 where
     Maps: NatTables<F>,
 {
+    // Each of these knows at a glance what is not for it.
+    let short = or(fast_out::<F, false>(ctx), || fast_back::<F>(ctx));
+    if short != Outcome::MISS {
+        return short;
+    }
     match gateway::direction::<F, _>(skb, config()) {
         Direction::Out(encap) => {
-            let short = if encap.is_ipip() { fast_out::<F, true>(ctx) } else { fast_out::<F, false>(ctx) };
+            let short = if encap.is_ipip() { fast_out::<F, true>(ctx) } else { Outcome::MISS };
             let outcome = or(short, || out::<F>(skb.raw, 0));
             let outcome = or_odd::<F>(skb.raw, Hook::Out, outcome);
             let outcome = or_again(outcome, || out::<F>(skb.raw, 1));
@@ -446,8 +455,7 @@ where
             outcome
         }
         Direction::Back => {
-            let outcome = or(fast_back::<F>(ctx), || back::<F>(skb.raw, 0));
-            let outcome = or_odd::<F>(skb.raw, Hook::Back, outcome);
+            let outcome = or_odd::<F>(skb.raw, Hook::Back, back::<F>(skb.raw, 0));
             or_again(outcome, || back::<F>(skb.raw, 1))
         }
         Direction::Neither => Outcome::PASS.0,

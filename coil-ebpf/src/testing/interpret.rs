@@ -100,16 +100,17 @@ where
             hit.commit(tables);
         }
         Hook::Gateway => {
-            let hit = match gateway::direction::<F, _>(packet, config) {
-                gateway::Direction::Out(encap) if encap.is_ipip() => {
-                    fast::out::<F, _, _, true>(packet, config, tables, &mut rewrite)?
-                }
-                gateway::Direction::Out(_) => {
-                    fast::out::<F, _, _, false>(packet, config, tables, &mut rewrite)?
-                }
-                _ => match fast::back(packet, config, tables, &mut rewrite)? {
-                    Some(hit) => hit,
-                    None => return Some(Action::Pass),
+            let hit = match fast::out::<F, _, _, false>(packet, config, tables, &mut rewrite) {
+                Some(hit) => hit,
+                None => match fast::back(packet, config, tables, &mut rewrite) {
+                    Some(Some(hit)) => hit,
+                    Some(None) => return Some(Action::Pass),
+                    None => match gateway::direction::<F, _>(packet, config) {
+                        gateway::Direction::Out(encap) if encap.is_ipip() => {
+                            fast::out::<F, _, _, true>(packet, config, tables, &mut rewrite)?
+                        }
+                        _ => return None,
+                    },
                 },
             };
             apply(packet, &rewrite);
