@@ -10,6 +10,7 @@ mod pins;
 mod restart;
 mod scenarios;
 mod shortcut;
+mod summed;
 mod support;
 mod traffic;
 mod tunnel;

@@ -49,7 +49,7 @@ pub(super) fn rewrite<F: Build>(skb: &mut Skb, rewrite: &Rewrite<F>) -> Result<O
     if rewrite.pop > 0 {
         pop(skb, rewrite.pop)?;
     }
-    if rewrite.cut && finish_checksum(skb.raw, F::OVERHEAD) == 0 {
+    if rewrite.cut && take_off_sum(skb.raw, F::OVERHEAD, SLICE as u32) == 0 {
         return Err(DropReason::RewriteFailed);
     }
     if let Some(tunnel) = &rewrite.push {
@@ -237,46 +237,96 @@ pub(super) fn write_head<F: Family>(skb: &mut Skb, head: &F::Head, bytes: u32) -
     if result == 0 { Ok(()) } else { Err(DropReason::RewriteFailed) }
 }
 
-/// Bytes after the Ethernet header that [`finish_checksum`] takes off: beyond the start of any UDP
-/// header that it is for.
-pub(super) const SLICE: usize = 76;
-
-/// Makes the kernel cut a GSO packet of UDP when it is next sent.
+/// Makes the kernel forget that the outer UDP checksum of a tunnelled packet, should it have one, may still be to
+/// be filled in.
 ///
-/// `bpf_skb_adjust_room` marks the packet as tunnelled, and nothing that a program can call takes the
-/// mark off again. TCP does not mind. A packet of datagrams that was tunnelled once and is no more is
-/// cut at the wrong place, and lost. Between virtual devices a packet meets nobody that would cut it
-/// before; but any device does, with the right result, where the checksum of a GSO packet is not left
-/// to it. The kernel forgets that it was once the start of the sum has been taken off. So: make room
-/// (while the kernel still keeps the start in step), take off the room and the headers, put the
-/// headers back.
+/// # Errors
+///
+/// The packet is no longer what it was.
+#[inline(always)]
+pub(super) fn forget_outer_sum<F: Build>(skb: &mut Skb) -> Result<(), DropReason> {
+    /// Next header of destination options, with which IPv6 tunnels may begin; eight bytes then.
+    const OPTIONS: u8 = 60;
+    if skb.gso_size() != 0 {
+        // Summed when it is cut, from the start of the inner transport header.
+        return Ok(());
+    }
+    let first = ETHERNET + F::HEADER;
+    let options = F::INDEX == 1 && skb.load::<2>(ETHERNET + 6).is_ok_and(|[next, _]| next == OPTIONS);
+    let (check, slice) = if options {
+        (skb.load::<2>(first + 14), F::HEADER + 24)
+    } else {
+        (skb.load::<2>(first + 6), F::HEADER + 16)
+    };
+    if !check.is_ok_and(|check| check != [0; 2]) {
+        return Ok(());
+    }
+    // Eight bytes more than the headers that go: beyond the start of the sum wherever it is in them.
+    let taken = take_off_sum(skb.raw, 0, slice as u32);
+    skb.reload();
+    if taken == 0 { Err(DropReason::RewriteFailed) } else { Ok(()) }
+}
+
+/// Bytes after the Ethernet header of a GSO packet of UDP that [`take_off_sum`] is to take off: beyond the
+/// start of any UDP header.
+const SLICE: usize = 76;
+/// Room for what [`take_off_sum`] puts back.
+pub(super) const KEPT: usize = 128;
+
+/// Makes the kernel forget that a checksum is still to be filled in, from a start within the first `slice`
+/// bytes after the Ethernet header. `room` bytes are made before, and taken off again.
+///
+/// Two kinds of packets need it.
+///
+/// - GSO packets of UDP, which the kernel is to cut when it next sends them. `bpf_skb_adjust_room` marks a
+///   packet as tunnelled, and nothing that a program can call takes the mark off again. TCP does not mind. A
+///   packet of datagrams that was tunnelled once and is no more is cut at the wrong place, and lost. Between
+///   virtual devices a packet meets nobody that would cut it before; but any device does, with the right
+///   result, where the checksum of a GSO packet is not left to it.
+/// - Packets from a tunnel with UDP checksums (`encap-csum`, `encap-udp6-csum` of the kernel's tunnels), as a
+///   virtual device hands them over: the checksum to be filled in is that of the headers which go. Left
+///   so, the kernel would fill it in elsewhere, and helpers would take the inner checksum for it.
+///
+/// The kernel forgets the start of a sum once that has been taken off. So: make room (while the kernel still
+/// keeps the start in step), take off the room and the headers, put the headers back.
 #[unsafe(no_mangle)]
 #[inline(never)]
-extern "C" fn finish_checksum(raw: *mut __sk_buff, overhead: u32) -> u32 {
+extern "C" fn take_off_sum(raw: *mut __sk_buff, room: u32, slice: u32) -> u32 {
     let mut skb = Skb::of(raw);
-    if skb.ensure(ETHERNET + SLICE + 2).is_err() {
+    let room = (room & 0x3f) as i32;
+    // So that the verifier sees both bounds whatever the compiler makes of them.
+    let slice = (core::hint::black_box(slice) - 1 & (KEPT as u32 - 1)) + 1;
+    if skb.ensure(ETHERNET + slice as usize + 2).is_err() {
         // So short that few datagrams are lost.
         return 1;
     }
     // Not on the stack, of which callers need all.
-    let Some(slice) = HEADERS.get_ptr_mut(0) else {
+    let Some(headers) = HEADERS.get_ptr_mut(0) else {
         return 1;
     };
-    // SAFETY: the context of a running program is valid, and `slice` is as long as is said.
-    let loaded = unsafe { bpf_skb_load_bytes(raw.cast(), ETHERNET as u32, slice.cast(), SLICE as u32) };
+    // SAFETY: the context of a running program is valid, and `headers` is at least as long as is said.
+    let loaded = unsafe { bpf_skb_load_bytes(raw.cast(), ETHERNET as u32, headers.cast(), slice) };
     if loaded != 0 {
         return 1;
     }
-    let room = (overhead & 0x3f) as i32;
     let flags = u64::from(BPF_F_ADJ_ROOM_FIXED_GSO);
     let adjust = |bytes: i32| {
         // SAFETY: the context of a running program is valid.
         unsafe { bpf_skb_adjust_room(raw, bytes, BPF_ADJ_ROOM_MAC, flags) == 0 }
     };
-    if !adjust(room) || !adjust(-room - SLICE as i32) || !adjust(SLICE as i32) {
+    if !adjust(room) || !adjust(-room - slice as i32) || !adjust(slice as i32) {
         return 0;
     }
-    // SAFETY: the context of a running program is valid, and `slice` is as long as is said.
-    let stored = unsafe { bpf_skb_store_bytes(raw.cast(), ETHERNET as u32, slice.cast(), SLICE as u32, 0) };
+    // SAFETY: the context of a running program is valid, and `headers` is at least as long as is said. The sum
+    // of a network card, should there be one, is kept in step.
+    let stored = unsafe {
+        bpf_skb_store_bytes(
+            raw.cast(),
+            ETHERNET as u32,
+            headers.cast(),
+            slice,
+            u64::from(BPF_F_RECOMPUTE_CSUM),
+        )
+    };
     u32::from(stored == 0)
 }

@@ -444,6 +444,11 @@ where
     }
     match gateway::direction::<F, _>(skb, config()) {
         Direction::Out(encap) => {
+            if !encap.is_ipip()
+                && let Err(reason) = apply::forget_outer_sum::<F>(skb)
+            {
+                return Outcome::drop(reason).0;
+            }
             let short = if encap.is_ipip() { fast_out::<F, true>(ctx) } else { Outcome::MISS };
             let outcome = or(short, || out::<F>(skb.raw, 0));
             let outcome = or_odd::<F>(skb.raw, Hook::Out, outcome);

@@ -159,9 +159,11 @@ fn tunnelled<F: Usual, P: Packet, const IPIP: bool>(
     }
     let inner = F::usual(view, ETHERNET + overhead::<F, IPIP>(), length)?;
     let outer_end = ETHERNET as u32 + outer.length;
-    let end = if IPIP { outer_end } else { udp as u32 + u32::from(u16::from_be(view.half(udp + 4))) };
+    let [l0, l1, check @ ..] = if IPIP { [0; 4] } else { view.word(udp + 4).to_ne_bytes() };
+    let end = if IPIP { outer_end } else { udp as u32 + u32::from(u16::from_be_bytes([l0, l1])) };
     let inner_end = inner.at as u32 + inner.length;
-    if end > outer_end || inner_end > end {
+    // An outer checksum may be still to be filled in, of which a gateway frees the packet first.
+    if end > outer_end || inner_end > end || u16::from_ne_bytes(check) != 0 {
         return None;
     }
     if packet.gso_size() != 0 && inner_end != length {

@@ -4,7 +4,8 @@
 //! one destination options header of eight bytes (the tunnel encapsulation limit of the kernel's
 //! `ip6tnl`). After them comes UDP (FOU) or the inner packet at once (IP in IP). Nothing else is taken for
 //! a tunnelled packet, so that there are few places where an inner packet can be. The UDP checksum is not
-//! looked at: it is zero or still to be filled in between veth devices, and the inner packet has its own.
+//! looked at: it is zero, or still to be filled in between veth devices (what the kernel remembers of that
+//! is forgotten when the headers go), and the inner packet has its own.
 
 use coil_common::stats::DropReason;
 
