@@ -11,6 +11,7 @@ mod restart;
 mod scenarios;
 mod shortcut;
 mod summed;
+mod spoiled;
 mod support;
 mod traffic;
 mod tunnel;

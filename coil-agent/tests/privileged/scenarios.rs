@@ -9,9 +9,11 @@ use aya::programs::ProgramFd;
 use coil_agent::datapath::{Loaded, Role, SkBuff, load, seconds_since_boot, test_run};
 use coil_common::config::Config;
 use coil_common::names::{
-    GATEWAY_MAPS, MAP_AFFINITY, MAP_CONFIG, MAP_DROPS, MAP_EGRESS_NAMES, MAP_EGRESS_STATS, MAP_EGRESSES,
-    MAP_ENCAPS, MAP_EVENT_BUDGETS, MAP_EVENTS, MAP_GATEWAY_STATS, MAP_GATEWAYS, MAP_ICMP_STATS,
-    MAP_LISTENERS, MAP_POD_SLOTS, MAP_PODS, NODE_MAPS, pod_slot,
+    GATEWAY_MAPS, MAP_AFFINITY, MAP_CLIENTS_V4, MAP_CLIENTS_V6, MAP_CONFIG, MAP_DROPS, MAP_EGRESS_NAMES,
+    MAP_EGRESS_STATS, MAP_EGRESSES, MAP_ENCAPS, MAP_EVENT_BUDGETS, MAP_EVENTS, MAP_FLOWS_V4, MAP_FLOWS_V6,
+    MAP_GATEWAY_STATS, MAP_GATEWAYS, MAP_ICMP_STATS, MAP_LISTENERS, MAP_NAT_FORWARD_V4, MAP_NAT_FORWARD_V6,
+    MAP_NAT_REVERSE_V4, MAP_NAT_REVERSE_V6, MAP_PEERS_V4, MAP_PEERS_V6, MAP_POD_SLOTS, MAP_PODS, NODE_MAPS,
+    pod_slot,
 };
 use coil_common::values::{
     AffinityValue, Counter, FlowValue, FragmentValue, InboundValue, NatValue4, NatValue6, PodSlot, PodValue,
@@ -29,27 +31,42 @@ const TABLE_NOW: u32 = 1000;
 
 /// Maps of counters.
 const COUNTERS: [&str; 4] = [MAP_DROPS, MAP_EGRESS_STATS, MAP_GATEWAY_STATS, MAP_ICMP_STATS];
+/// Maps of which scenarios use little.
+const SMALL: [&str; 12] = [
+    MAP_FLOWS_V4,
+    MAP_FLOWS_V6,
+    MAP_NAT_FORWARD_V4,
+    MAP_NAT_FORWARD_V6,
+    MAP_NAT_REVERSE_V4,
+    MAP_NAT_REVERSE_V6,
+    MAP_CLIENTS_V4,
+    MAP_CLIENTS_V6,
+    MAP_PEERS_V4,
+    MAP_PEERS_V6,
+    MAP_PODS,
+    MAP_EGRESS_STATS,
+];
 /// Maps that programs leave alone while nobody listens.
 const UNTOUCHED: [&str; 7] =
     [MAP_ENCAPS, MAP_POD_SLOTS, MAP_EGRESS_NAMES, MAP_CONFIG, MAP_EVENTS, MAP_LISTENERS, MAP_EVENT_BUDGETS];
 
 /// The programs of a role under one configuration, and their maps.
-struct Machine {
+pub(crate) struct Machine {
     loaded: Loaded,
     maps: BTreeMap<&'static str, RawMap>,
     _bpffs: BpfFs,
 }
 
 /// What scenarios must have in common to run on one machine.
-type Setting = (bool, Vec<u8>, Option<(&'static str, usize)>);
+pub(crate) type Setting = (bool, Vec<u8>, Option<(&'static str, usize)>);
 
-fn setting(scenario: &Scenario) -> Setting {
+pub(crate) fn setting(scenario: &Scenario) -> Setting {
     let config = bytemuck::bytes_of(&scenario.config).to_vec();
     (scenario.hook == Hook::Gateway, config, scenario.limit)
 }
 
 impl Machine {
-    fn new(hook: Hook, config: &Config, limit: Option<(&'static str, usize)>) -> Self {
+    pub(crate) fn new(hook: Hook, config: &Config, limit: Option<(&'static str, usize)>) -> Self {
         let bpffs = BpfFs::new();
         let folder: PathBuf = bpffs.root().join("maps");
         std::fs::create_dir(&folder).unwrap();
@@ -57,8 +74,9 @@ impl Machine {
             Hook::Gateway => (Role::Gateway, GATEWAY_MAPS),
             Hook::FromPod | Hook::ToPod => (Role::Node, NODE_MAPS),
         };
-        let sizes: Vec<_> =
-            limit.iter().map(|(map, entries)| (*map, u32::try_from(*entries).unwrap())).collect();
+        // Small, since walking over a table takes as long as it is large; the limit counts, being first.
+        let limit = limit.map(|(map, entries)| (map, u32::try_from(entries).unwrap()));
+        let sizes: Vec<_> = limit.into_iter().chain(SMALL.map(|map| (map, 512))).collect();
         let loaded = load(role, &folder, config, &sizes).unwrap();
         let maps = names.iter().map(|name| (*name, RawMap::open(&folder, name))).collect();
         Self { loaded, maps, _bpffs: bpffs }
@@ -88,6 +106,31 @@ impl Machine {
             .find(|action| action.code().cast_unsigned() == run.action)
             .ok_or_else(|| format!("unknown action {}", run.action))?;
         scenario.compare(action, &run.packet, &counters, &entries)
+    }
+
+    /// Shows the packet to its program, in the name space of this thread, and leaves the maps empty.
+    pub(crate) fn found(&self, scenario: &Scenario) -> Result<Outcome, String> {
+        let now = seconds_since_boot().unwrap();
+        for entry in &scenario.entries {
+            let entry = at(entry, now);
+            self.maps[entry.map].set(&entry.key.0, &entry.value.0);
+        }
+        let program: ProgramFd = self.loaded.program(scenario.hook.program()).unwrap();
+        let context = SkBuff {
+            ifindex: IFINDEX,
+            gso_size: scenario.packet.gso_size,
+            gso_segs: scenario.packet.gso_segments,
+            ..SkBuff::default()
+        };
+        let run = test_run(&program, &scenario.packet.bytes, context, 1);
+        let (counters, entries) = (self.counters(), self.entries());
+        self.clear(scenario);
+        let run = run.map_err(|error| format!("the kernel refuses to run it: {error}"))?;
+        let action = [Action::Pass, Action::Drop, Action::Back]
+            .into_iter()
+            .find(|action| action.code().cast_unsigned() == run.action)
+            .ok_or_else(|| format!("unknown action {}", run.action))?;
+        Ok(Outcome::new(action, &run.packet, counters, &entries))
     }
 
     /// Sends the packet again and again: what comes of it, and how many flows were found on the short

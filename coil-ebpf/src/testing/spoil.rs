@@ -1,12 +1,34 @@
 //! Packets of scenarios with something wrong: cut at each byte, or with one byte changed. What must come
 //! of them is what the library says; that it is harmless is for the tests to check.
 
+use std::collections::BTreeSet;
+
 use super::scenario::{Kernel, Scenario};
+use super::scenarios::scenarios;
 
 /// Length of an Ethernet header.
 const ETHERNET: usize = 14;
 /// Bytes from the start of the IP header that are changed or cut at: all headers that the programs look at.
 const REACH: usize = 120;
+
+/// One scenario of each kind, for tests that cannot afford all: of those that differ in program, family,
+/// protocols and fate, the first.
+#[must_use]
+pub fn representatives() -> Vec<Scenario> {
+    let mut seen = BTreeSet::new();
+    let mut all = scenarios();
+    all.retain(|scenario| {
+        let bytes = &scenario.packet.bytes;
+        let byte = |at: usize| bytes.get(at).copied();
+        // Outer protocol, and where that is UDP what would be the inner one of a tunnel.
+        let protocols = match byte(12) {
+            Some(8) => (byte(23), byte(23 + 28).filter(|_| byte(23) == Some(17))),
+            _ => (byte(20), byte(20 + 48).filter(|_| byte(20) == Some(17))),
+        };
+        seen.insert((scenario.hook.program(), byte(12), protocols, scenario.expect.action.code()))
+    });
+    all
+}
 
 /// The packet cut short at each byte of its headers, and before its last.
 #[must_use]
@@ -46,7 +68,8 @@ fn variant(scenario: &Scenario, what: &str, bytes: Vec<u8>) -> Scenario {
         Some([0x86, 0xdd]) if bytes.len() < ETHERNET + 40 => {
             Kernel::Refuses("test runs want a whole IP header")
         }
-        Some(_) if bytes.len() > ETHERNET => Kernel::Takes,
+        // One that it does not take as it is, for its size, it does not take spoiled.
+        Some(_) if bytes.len() > ETHERNET => scenario.kernel,
         _ => Kernel::Refuses("test runs want an Ethernet header and more"),
     };
     variant.packet.bytes = bytes;
