@@ -248,6 +248,13 @@ pub fn walk<P: Packet + ?Sized>(packet: &mut P, at: usize, next: u8, room: usize
             found.obstacle = Some(DropReason::Truncated);
             return found;
         };
+        let units = if found.protocol == FRAGMENT { 0 } else { units };
+        let length = found.length + (u16::from(units) + 1) * 8;
+        // What is behind the packet's end is not its header, whatever it looks like.
+        if usize::from(length) > room {
+            found.obstacle = Some(DropReason::Malformed);
+            return found;
+        }
         if found.protocol == FRAGMENT {
             // Offset and flags are where a routing header has its type and segments.
             if third | (segments_left & 0xf9) != 0 {
@@ -257,12 +264,6 @@ pub fn walk<P: Packet + ?Sized>(packet: &mut P, at: usize, next: u8, room: usize
                 found.obstacle = Some(DropReason::Fragment);
                 return found;
             }
-        }
-        let units = if found.protocol == FRAGMENT { 0 } else { units };
-        let length = found.length + (u16::from(units) + 1) * 8;
-        if usize::from(length) > room {
-            found.obstacle = Some(DropReason::Malformed);
-            return found;
         }
         // Of a routing header that still has segments left the final destination, which the
         // transport checksum covers, is not in the IP header.

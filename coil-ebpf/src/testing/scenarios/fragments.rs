@@ -17,7 +17,21 @@ const PORT: u16 = 50000;
 const UDP: u8 = 17;
 
 pub(super) fn rows(w: &World) -> Vec<Scenario> {
-    [from_pod(w), to_pod(w), out(w), back(w)].concat()
+    let mut rows = [from_pod(w), to_pod(w), out(w), back(w)].concat();
+    if !w.is_v4() {
+        rows.extend(behind(w));
+    }
+    rows
+}
+
+/// IPv6 packets that end before the header that would make them fragments: what follows is padding.
+fn behind(w: &World) -> Vec<Scenario> {
+    let ends = |ip: Ip| [ip.packet(44, &[]), vec![UDP, 0, 0, 8, 0, 0, 0, 9]].concat();
+    vec![
+        w.scenario(Hook::FromPod, "fragment header behind the end", &ends(w.out()))
+            .drops(DropReason::Malformed),
+        w.scenario(Hook::Gateway, "fragment header behind the end", &ends(w.reply())).passes(),
+    ]
 }
 
 /// A datagram in three fragments: the first has header and checksum of the whole.
