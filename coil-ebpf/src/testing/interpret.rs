@@ -154,6 +154,7 @@ where
             }
             let mut verdict = from_pod::from_pod(packet, &pod, config, tables, &mut rewrite)?;
             if matches!(verdict, Verdict::Fragment) {
+                rewrite = Rewrite::new();
                 verdict = fragment::from_pod(packet, &pod, config, tables, &mut rewrite)?;
             }
             if matches!(verdict, Verdict::Fragment) {
@@ -164,6 +165,7 @@ where
         (Hook::ToPod, Some(pod)) => {
             let mut verdict = to_pod::to_pod(packet, &pod, config, tables, &mut rewrite)?;
             if matches!(verdict, Verdict::Fragment) {
+                rewrite = Rewrite::new();
                 verdict = fragment::to_pod(packet, config, tables, &mut rewrite)?;
             }
             if matches!(verdict, Verdict::Fragment) {
@@ -175,6 +177,7 @@ where
         (Hook::Gateway, _) => {
             let mut verdict = gateway::gateway(packet, config, tables, &mut rewrite)?;
             if matches!(verdict, Verdict::Fragment) {
+                rewrite = Rewrite::new();
                 verdict = match gateway::direction::<F, _>(packet, config) {
                     gateway::Direction::Out(_) => fragment::out(packet, config, tables, &mut rewrite)?,
                     _ => fragment::back(packet, config, tables, &mut rewrite)?,

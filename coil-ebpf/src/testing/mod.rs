@@ -6,6 +6,7 @@
 
 pub mod build;
 pub mod entries;
+pub mod fuzz;
 pub mod interpret;
 pub mod memory;
 mod notes;
