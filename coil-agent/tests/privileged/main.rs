@@ -3,6 +3,7 @@
 
 mod cni;
 mod errors;
+mod fuzz;
 mod hostile;
 mod inspect;
 mod netlink;

@@ -19,6 +19,7 @@ use coil_common::values::{
     AffinityValue, Counter, FlowValue, FragmentValue, InboundValue, NatValue4, NatValue6, PodSlot, PodValue,
 };
 use coil_ebpf::testing::entries::{Entry, Key, Value};
+use coil_ebpf::testing::memory::Memory;
 use coil_ebpf::testing::scenario::{AGAIN, IFINDEX, Outcome};
 use coil_ebpf::testing::{Action, Hook, Kernel, Scenario, scenarios};
 
@@ -32,7 +33,7 @@ const TABLE_NOW: u32 = 1000;
 /// Maps of counters.
 const COUNTERS: [&str; 4] = [MAP_DROPS, MAP_EGRESS_STATS, MAP_GATEWAY_STATS, MAP_ICMP_STATS];
 /// Maps of which scenarios use little.
-const SMALL: [&str; 12] = [
+const SMALL: [&str; 11] = [
     MAP_FLOWS_V4,
     MAP_FLOWS_V6,
     MAP_NAT_FORWARD_V4,
@@ -44,7 +45,6 @@ const SMALL: [&str; 12] = [
     MAP_PEERS_V4,
     MAP_PEERS_V6,
     MAP_PODS,
-    MAP_EGRESS_STATS,
 ];
 /// Maps that programs leave alone while nobody listens.
 const UNTOUCHED: [&str; 7] =
@@ -76,7 +76,8 @@ impl Machine {
         };
         // Small, since walking over a table takes as long as it is large; the limit counts, being first.
         let limit = limit.map(|(map, entries)| (map, u32::try_from(entries).unwrap()));
-        let sizes: Vec<_> = limit.into_iter().chain(SMALL.map(|map| (map, 512))).collect();
+        let sizes: Vec<_> =
+            limit.into_iter().chain([(MAP_EGRESS_STATS, 64)]).chain(SMALL.map(|map| (map, 512))).collect();
         let loaded = load(role, &folder, config, &sizes).unwrap();
         let maps = names.iter().map(|name| (*name, RawMap::open(&folder, name))).collect();
         Self { loaded, maps, _bpffs: bpffs }
@@ -99,7 +100,7 @@ impl Machine {
         let packet = scenario.packet.bytes.clone();
         let run = net.run(move || test_run(&program, &packet, context, 1));
         let (counters, entries) = (self.counters(), self.entries());
-        self.clear(scenario);
+        self.clear(&scenario.entries);
         let run = run.map_err(|error| format!("the kernel refuses to run it: {error}"))?;
         let action = [Action::Pass, Action::Drop, Action::Back]
             .into_iter()
@@ -108,29 +109,41 @@ impl Machine {
         scenario.compare(action, &run.packet, &counters, &entries)
     }
 
-    /// Shows the packet to its program, in the name space of this thread, and leaves the maps empty.
-    pub(crate) fn found(&self, scenario: &Scenario) -> Result<Outcome, String> {
+    /// Fills the maps.
+    pub(crate) fn fill(&self, entries: &[Entry]) {
         let now = seconds_since_boot().unwrap();
-        for entry in &scenario.entries {
+        for entry in entries {
             let entry = at(entry, now);
             self.maps[entry.map].set(&entry.key.0, &entry.value.0);
         }
-        let program: ProgramFd = self.loaded.program(scenario.hook.program()).unwrap();
+    }
+
+    /// Shows a packet to a program, in the name space of this thread.
+    pub(crate) fn show(&self, hook: Hook, packet: &Memory) -> Result<(Action, Vec<u8>), String> {
+        let program: ProgramFd = self.loaded.program(hook.program()).unwrap();
         let context = SkBuff {
             ifindex: IFINDEX,
-            gso_size: scenario.packet.gso_size,
-            gso_segs: scenario.packet.gso_segments,
+            gso_size: packet.gso_size,
+            gso_segs: packet.gso_segments,
             ..SkBuff::default()
         };
-        let run = test_run(&program, &scenario.packet.bytes, context, 1);
-        let (counters, entries) = (self.counters(), self.entries());
-        self.clear(scenario);
-        let run = run.map_err(|error| format!("the kernel refuses to run it: {error}"))?;
+        let run = test_run(&program, &packet.bytes, context, 1)
+            .map_err(|error| format!("the kernel refuses to run it: {error}"))?;
         let action = [Action::Pass, Action::Drop, Action::Back]
             .into_iter()
             .find(|action| action.code().cast_unsigned() == run.action)
             .ok_or_else(|| format!("unknown action {}", run.action))?;
-        Ok(Outcome::new(action, &run.packet, counters, &entries))
+        Ok((action, run.packet))
+    }
+
+    /// What comes of the packet of a scenario, in the name space of this thread; the maps are empty then.
+    pub(crate) fn found(&self, scenario: &Scenario) -> Result<Outcome, String> {
+        self.fill(&scenario.entries);
+        let shown = self.show(scenario.hook, &scenario.packet);
+        let (counters, entries) = (self.counters(), self.entries());
+        self.clear(&scenario.entries);
+        let (action, packet) = shown?;
+        Ok(Outcome::new(action, &packet, counters, &entries))
     }
 
     /// Sends the packet again and again: what comes of it, and how many flows were found on the short
@@ -172,7 +185,7 @@ impl Machine {
         let ticked =
             |entry: &Entry| entry.map.starts_with("flows_") && entry.value.read::<FlowValue>().tick != 0;
         let hits = self.entries().iter().filter(|entry| ticked(entry)).count();
-        self.clear(scenario);
+        self.clear(&scenario.entries);
         if let Some(slots) = self.maps.get(MAP_POD_SLOTS) {
             slots.clear(&pod_slot(IFINDEX).to_ne_bytes());
         }
@@ -180,7 +193,7 @@ impl Machine {
     }
 
     /// All counters that are not zero.
-    fn counters(&self) -> BTreeMap<(&'static str, u32), Counter> {
+    pub(crate) fn counters(&self) -> BTreeMap<(&'static str, u32), Counter> {
         let mut counters = BTreeMap::new();
         for name in COUNTERS {
             let Some(map) = self.maps.get(name) else { continue };
@@ -203,7 +216,7 @@ impl Machine {
     }
 
     /// All entries of the tables of flows and translations.
-    fn entries(&self) -> Vec<Entry> {
+    pub(crate) fn entries(&self) -> Vec<Entry> {
         let mut entries = Vec::new();
         for (name, map) in &self.maps {
             let kinds = ["flows_", "nat_", "fragments_", "affinity", "inbound_"];
@@ -217,13 +230,14 @@ impl Machine {
         entries
     }
 
-    fn clear(&self, scenario: &Scenario) {
+    /// Empties the maps that programs write, and those of these entries.
+    pub(crate) fn clear(&self, used: &[Entry]) {
         for ((name, index), _) in self.counters() {
             self.maps[name].clear(&index.to_ne_bytes());
         }
         for (name, map) in &self.maps {
             if [MAP_EGRESSES, MAP_GATEWAYS].contains(name) {
-                let used = scenario.entries.iter().filter(|entry| entry.map == *name);
+                let used = used.iter().filter(|entry| entry.map == *name);
                 used.for_each(|entry| map.clear(&entry.key.0));
             } else if !COUNTERS.contains(name) && !UNTOUCHED.contains(name) {
                 map.keys().iter().for_each(|key| map.clear(key));

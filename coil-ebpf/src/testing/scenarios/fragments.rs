@@ -83,7 +83,7 @@ fn from_pod(w: &World) -> Vec<Scenario> {
         follows("fragment in the middle", &second, noted(FRAGMENT_OPEN), FRAGMENT_OPEN),
         follows("last fragment", &third, noted(FRAGMENT_OPEN), 0),
         follows("fragment after the last", &second, noted(0), 0),
-        left(&second, "fragment of an old datagram", aged(noted(FRAGMENT_OPEN), 6)),
+        left(&second, "fragment of an old datagram", aged(noted(FRAGMENT_OPEN), 7)),
         left(&second, "fragment before the first", w.datagram(w.pod, w.stranger, PORTS, UDP, 1)),
         row("fragment of a datagram whose flow is gone", &second)
             .and(vec![noted(FRAGMENT_OPEN)])
@@ -258,7 +258,7 @@ fn back(w: &World) -> Vec<Scenario> {
             .leaves([known(), vec![other(), others(FRAGMENT_OPEN)]].concat())
             .drops(DropReason::FragmentConflict),
         taken("first fragment of a reply after the datagram of another client", others(0)),
-        taken("first fragment of a reply over an old datagram", aged(others(FRAGMENT_OPEN), 2)),
+        taken("first fragment of a reply over an old datagram", aged(others(FRAGMENT_OPEN), 3)),
         row("later fragment of a reply that is too big", &too_big)
             .and(known())
             .and(vec![noted(FRAGMENT_OPEN)])
