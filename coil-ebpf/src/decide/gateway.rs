@@ -195,7 +195,7 @@ pub fn back<F: Parse + Build, P: Packet, T: NatTables<F>>(
         Ok(l4) => l4,
         Err(DropReason::Fragment) => return Ok(Verdict::Fragment),
         Err(DropReason::UnsupportedIcmp) => return Ok(Verdict::Icmp),
-        Err(_) if ip.fragment != 0 => return Ok(Verdict::Fragment),
+        Err(_) if ip.fragment != 0 && ip.obstacle.is_none() => return Ok(Verdict::Fragment),
         Err(_) => return Ok(Verdict::Pass),
     };
     let now = tables.now();

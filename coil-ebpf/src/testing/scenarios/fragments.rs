@@ -26,11 +26,16 @@ pub(super) fn rows(w: &World) -> Vec<Scenario> {
 
 /// IPv6 packets that end before the header that would make them fragments: what follows is padding.
 fn behind(w: &World) -> Vec<Scenario> {
+    // A first fragment whose next header is longer than it.
+    let mut broken = w.reply();
+    broken.extensions = vec![(44, vec![0, 0, 0, 1, 0, 0, 0, 9]), (60, vec![0, 9, 1, 4, 0, 0, 0, 0])];
     let ends = |ip: Ip| [ip.packet(44, &[]), vec![UDP, 0, 0, 8, 0, 0, 0, 9]].concat();
     vec![
         w.scenario(Hook::FromPod, "fragment header behind the end", &ends(w.out()))
             .drops(DropReason::Malformed),
         w.scenario(Hook::Gateway, "fragment header behind the end", &ends(w.reply())).passes(),
+        w.scenario(Hook::Gateway, "first fragment with a broken header", &broken.udp((PORTS.1, PORT), b"x"))
+            .passes(),
     ]
 }
 
