@@ -200,6 +200,12 @@ pub fn from_pod<F: Parse + Build, P: Packet, T: NodeTables<F>>(
             Some(_) => note(packet, &ip, now, tables),
         };
     }
+    // A first fragment with headers that are of no use is none that could follow another.
+    if let Some(reason) = ip.obstacle
+        && reason as u32 != DropReason::Fragment as u32
+    {
+        return Err(reason);
+    }
     let known = match follow(packet, &ip, now, tables) {
         Ok(flow) => tables.flow(flow.key()).map(|entry| (flow, entry)),
         Err(_) => None,

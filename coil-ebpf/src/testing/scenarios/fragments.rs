@@ -29,10 +29,20 @@ fn behind(w: &World) -> Vec<Scenario> {
     // A first fragment whose next header is longer than it.
     let mut broken = w.reply();
     broken.extensions = vec![(44, vec![0, 0, 0, 1, 0, 0, 0, 9]), (60, vec![0, 9, 1, 4, 0, 0, 0, 0])];
+    // One with more headers than are looked at, of a datagram that is known: it does not follow itself.
+    let mut long = w.out();
+    long.extensions = vec![(44, vec![0, 0, 0, 1, 0, 0, 0, 9])];
+    let long = (0..4).fold(long, |ip, _| ip.extension(60, 8)).udp(PORTS, b"x");
+    let flow = w.flow_entry((w.pod, w.remote, PORTS, UDP), w.flow_value());
+    let known = vec![flow, w.datagram(w.pod, w.remote, PORTS, UDP, FRAGMENT_OPEN)];
     let ends = |ip: Ip| [ip.packet(44, &[]), vec![UDP, 0, 0, 8, 0, 0, 0, 9]].concat();
     vec![
         w.scenario(Hook::FromPod, "fragment header behind the end", &ends(w.out()))
             .drops(DropReason::Malformed),
+        w.scenario(Hook::FromPod, "first fragment with too many headers", &long)
+            .and(known.clone())
+            .leaves(known)
+            .drops(DropReason::ExtensionHeaders),
         w.scenario(Hook::Gateway, "fragment header behind the end", &ends(w.reply())).passes(),
         w.scenario(Hook::Gateway, "first fragment with a broken header", &broken.udp((PORTS.1, PORT), b"x"))
             .passes(),
