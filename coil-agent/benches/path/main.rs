@@ -7,7 +7,8 @@
 //! ```
 //!
 //! Each way has a network of its own, and all exist at the same time; runs take turns over them, so that a
-//! change of the machine's speed meets all alike. Arguments: `seconds=N runs=N`, and names of ways.
+//! change of the machine's speed meets all alike. Arguments: `seconds=N runs=N`, `only=TEXT` for loads whose family
+//! and name contain it (`only="v4 UDP"`), and names of ways.
 //! Prints one JSON object for each measurement. Needs root and the eBPF object; `cargo xtask bench` runs it
 //! here and, with instructions counted, in a virtual machine.
 
@@ -29,11 +30,12 @@ use load::Load;
 use ways::Way;
 
 fn main() -> Result<()> {
-    let (mut seconds, mut runs, mut names) = (2, 5, Vec::new());
+    let (mut seconds, mut runs, mut only, mut names) = (2, 5, String::new(), Vec::new());
     for argument in std::env::args().skip(1) {
         match argument.split_once('=') {
             Some(("seconds", value)) => seconds = value.parse().context("seconds")?,
             Some(("runs", value)) => runs = value.parse().context("runs")?,
+            Some(("only", value)) => value.clone_into(&mut only),
             _ if argument.starts_with("--") => {}
             _ => names.push(argument),
         }
@@ -46,12 +48,15 @@ fn main() -> Result<()> {
     }
     for run in 0..runs {
         for v6 in [false, true] {
+            let family = if v6 { "v6" } else { "v4" };
             for load in Load::ALL {
+                if !format!("{family} {}", load.name()).contains(&only) {
+                    continue;
+                }
                 for way in &ways {
                     let value = load
                         .measure(way, v6, seconds)
                         .with_context(|| format!("{} over {}, v6: {v6}", load.name(), way.name))?;
-                    let family = if v6 { "v6" } else { "v4" };
                     println!(
                         "{}",
                         json!({ "way": way.name, "family": family, "load": load.name(), "unit": load.unit(),
