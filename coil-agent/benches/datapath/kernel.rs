@@ -139,6 +139,14 @@ impl Kernel {
         Ok(data.fd().as_fd().as_raw_fd())
     }
 
+    /// Bytes that a map takes, as the kernel says (exact since 6.4).
+    pub fn memory(&self, map: &str) -> Result<u64> {
+        let path = format!("/proc/self/fdinfo/{}", self.map_fd(map)?);
+        let text = std::fs::read_to_string(&path).with_context(|| format!("reading {path}"))?;
+        let line = text.lines().find_map(|line| line.strip_prefix("memlock:")).context("no memlock")?;
+        line.trim().parse().context("reading memlock")
+    }
+
     /// Runs a program once over a frame: nanoseconds, and what it returned.
     pub fn run(&self, program: &str, frame: &[u8]) -> Result<(u32, i32)> {
         let program: &SchedClassifier =

@@ -10,6 +10,7 @@ mod pieces;
 mod scene;
 
 use anyhow::{Context, Result, ensure};
+use coil_common::names;
 
 use instructions::Machine;
 use kernel::Kernel;
@@ -74,6 +75,19 @@ fn main() -> Result<()> {
             bounded(&format!("{name}, {level} tracked / 1 tracked"), one / first, "ratio", Some(1.5));
         }
     })?;
+    // Of the tables as the last level has left them.
+    let tracked = fill::LEVELS.iter().max().map_or(1.0, |level| f64::from(*level));
+    for (name, maps, most) in [
+        ("memory of a flow at the node", &[names::MAP_FLOWS_V4][..], 256.0),
+        (
+            "memory of a translation at the gateway, both directions",
+            &[names::MAP_NAT_FORWARD_V4, names::MAP_NAT_REVERSE_V4],
+            384.0,
+        ),
+    ] {
+        let bytes = maps.iter().map(|map| kernel.memory(map)).sum::<Result<u64>>()?;
+        bounded(name, bytes as f64 / tracked, "bytes", Some(most));
+    }
     Ok(())
 }
 
