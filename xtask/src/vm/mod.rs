@@ -178,7 +178,7 @@ pub enum OneKernel {
 /// programs. Everything else takes several times as long there as outside.
 const ESSENTIAL: &[&str] = &["verifier::"];
 
-/// One kernel as part of `cargo xtask test`: the essential privileged tests.
+/// One kernel as part of `cargo xtask test`: the essential privileged tests, and all of interoperability.
 pub fn one_kernel() -> Result<OneKernel> {
     let kernel = match prepare().and_then(|()| Kernel::get(kernels::FOR_TEST)) {
         Ok(kernel) => kernel,
@@ -187,7 +187,7 @@ pub fn one_kernel() -> Result<OneKernel> {
     let verb = VmTest {
         kernels: vec![],
         json: false,
-        suite: Suite::Privileged,
+        suite: Suite::All,
         only: None,
         essential: true,
         timeout: TIMEOUT,
