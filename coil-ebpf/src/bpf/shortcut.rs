@@ -70,7 +70,11 @@ fn send<F: Onward>(raw: *mut __sk_buff) -> Option<i32> {
     let start = skb.bytes::<{ ETHERNET + 20 }>(0)?;
     // SAFETY: `bytes` has compared the range with the end of the packet; all is inside an IP header.
     unsafe {
-        start.cast::<[u16; 6]>().write(hop.macs);
+        let [a, b, c] = hop.macs;
+        let words = start.cast::<u32>();
+        words.write(a);
+        words.add(1).write(b);
+        words.add(2).write(c);
         for (at, half) in edits {
             start.add(ETHERNET + at).cast::<u16>().write(half);
         }
@@ -142,8 +146,8 @@ fn look_up<F: Onward>(raw: *mut __sk_buff) -> Option<()> {
 }
 
 #[inline(always)]
-fn macs(to: [u8; 6], from: [u8; 6]) -> [u16; 6] {
+fn macs(to: [u8; 6], from: [u8; 6]) -> [u32; 3] {
     let [a, b, c, d, e, f] = to;
     let [g, h, i, j, k, l] = from;
-    [[a, b], [c, d], [e, f], [g, h], [i, j], [k, l]].map(u16::from_ne_bytes)
+    [[a, b, c, d], [e, f, g, h], [i, j, k, l]].map(u32::from_ne_bytes)
 }

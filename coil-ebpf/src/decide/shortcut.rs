@@ -72,8 +72,8 @@ pub struct Hop {
     pub ifindex: u32,
     /// Largest IP packet.
     pub mtu: u32,
-    /// Ethernet addresses of the neighbour and of the interface.
-    pub macs: [u16; 6],
+    /// Ethernet addresses of the neighbour and of the interface; in words, since bytes would cost a call.
+    pub macs: [u32; 3],
 }
 
 /// Families whose packets can be sent past the stack.
