@@ -4,6 +4,7 @@ mod bench;
 mod check;
 mod demo;
 mod ebpf;
+mod fuzz;
 mod host;
 mod image;
 mod lab;
@@ -43,6 +44,14 @@ enum Command {
     Bench(bench::Bench),
     /// Tests the datapath on other kernels, and against the kernel's own tunnels, in virtual machines
     VmTest(vm::VmTest),
+    /// Fuzzes the datapath against a reference model
+    ///
+    /// Cases are sequences of packets between a pod, its gateway, another client and the world, honest and
+    /// spoiled ones. What the library makes of each is compared with a model that computes it anew: action,
+    /// reason of a drop, every byte, counters, tables. New cases are made of those that have taken code that
+    /// none before them had. One that fails is made as small as it can be and written to coil-ebpf/corpus,
+    /// which `cargo xtask test` replays.
+    Fuzz(fuzz::Fuzz),
     /// Writes the generated manifests, or checks that they are fresh
     Manifests(manifests::Manifests),
     /// Builds the container image as an OCI archive
@@ -75,6 +84,7 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Lab(verb) => verb.run(),
         Command::Bench(verb) => verb.run(),
         Command::VmTest(verb) => verb.run(),
+        Command::Fuzz(verb) => verb.run(),
         Command::Manifests(verb) => verb.run().map(|()| ExitCode::SUCCESS),
         Command::Image(verb) => verb.run().map(|()| ExitCode::SUCCESS),
         Command::Completion { shell } => {
