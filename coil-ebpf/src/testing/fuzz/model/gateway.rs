@@ -8,7 +8,7 @@ use super::{
     End, Half, Input, Model, Note, Says, Seen, Should, Size, Tunnel, Tunnelled, clamp, datagram, error,
     follow, framed, hop, inner, is_local, is_too_big, marked,
     node::{inner_mtu, is_about_size, told_mtu},
-    quoted_tunnel, refuse, set_address, set_port, set_tos, size, tunnelled, unpack, wrap,
+    quoted_tunnel, refuse, set_address, set_port, set_tos, size, tunnelled, unknown_reply, unpack, wrap,
 };
 use crate::testing::{
     build::FOU,
@@ -85,6 +85,16 @@ impl Model {
         }
     }
 
+    /// A port that translation may use, or an identifier of echoes: those have a range of their own, if there is
+    /// admission of translations.
+    fn is_of_translation(&self, protocol: u8, port: u16) -> bool {
+        if unknown_reply().is_some() && !matches!(protocol, 6 | 17) {
+            return true;
+        }
+        let (first, last) = if self.narrow { NARROW } else { WIDE };
+        (first..=last).contains(&port) && !EXCLUDED.contains(&port)
+    }
+
     /// The port of a flow: the one that it has, or a new one that was chosen. `None` if there is none.
     fn port(
         &mut self,
@@ -103,13 +113,13 @@ impl Model {
             _ => {}
         }
         let own = hosts(ip.v6).gateway;
-        let (first, last) = if self.narrow { NARROW } else { WIDE };
-        let may = |port: u16| (first..=last).contains(&port) && !EXCLUDED.contains(&port);
+        let may = |port: u16| self.is_of_translation(transport.flow.protocol, port);
         let back = |port: u16| Flow { src: own, src_port: port, ..flow }.turned();
         let taken = |port: u16| self.reverse.contains_key(&back(port));
-        if seen.reason == Some(DropReason::PortsExhausted) {
-            if self.narrow && (first..=last).filter(|port| taken(*port)).count() >= 2 {
-                return Ok(Err(DropReason::PortsExhausted));
+        let full = [Some(DropReason::PortsExhausted), super::reason("destination_full")];
+        if let Some(reason) = seen.reason.filter(|reason| full.contains(&Some(*reason))) {
+            if self.narrow && (NARROW.0..=NARROW.1).filter(|port| taken(*port)).count() >= 2 {
+                return Ok(Err(reason));
             }
             return Err("no port, though almost all are free".to_owned());
         }
@@ -140,18 +150,27 @@ impl Model {
         seen: &Seen,
     ) -> Result<Should, String> {
         let own = hosts(ip.v6).gateway;
-        if ip.ttl <= 1 {
+        let tell = |reason, says: &Says| {
             let wrapped = |error: Vec<u8>| {
                 let said = wire::ip(&error, ip.v6, false).ok()?;
                 // Not what the sender has marked: an error is of no class of its own.
                 let said = Ip { tos: 0, ..said };
                 Some(wrap(outer.kind, (own, ip.src), FOU, &said, &error))
             };
-            let said = error(outer.inner, ip.v6, Some(own), &Says::time_exceeded(ip.v6)).and_then(wrapped);
-            return Ok(refuse(input, DropReason::TtlExceeded, said, true));
+            refuse(input, reason, error(outer.inner, ip.v6, Some(own), says).and_then(wrapped), true)
+        };
+        if ip.ttl <= 1 {
+            return Ok(tell(DropReason::TtlExceeded, &Says::time_exceeded(ip.v6)));
         }
         let (port, new) = match self.port(input, ip, transport, seen)? {
             Ok(port) => port,
+            // A client that gets no translation is told, if it could have got one.
+            Err(reason @ (DropReason::NoState | DropReason::UnsupportedIcmp)) => {
+                return Ok(Should::drop(reason));
+            }
+            Err(reason) if unknown_reply().is_some() => {
+                return Ok(tell(reason, &Says::prohibited(ip.v6)));
+            }
             Err(reason) => return Ok(Should::drop(reason)),
         };
         let changed = wire::change(outer.inner, ip, None, |bytes| {
@@ -254,6 +273,18 @@ impl Model {
         let key = datagram(&ip).map(|(key, _)| key);
         let note = Note { flow: transport.flow, open: true, seen: self.now };
         let Some(half) = self.reverse.get(&transport.flow).copied() else {
+            // A connection to the gateway itself may begin, and so may an exchange of echoes.
+            let begins = match transport.kind {
+                Kind::Tcp(flags) => flags & 0b1_0010 == 0b0_0010,
+                Kind::Udp => false,
+                Kind::Request | Kind::Reply => true,
+            };
+            if let Some(reason) = unknown_reply()
+                && !begins
+                && self.is_of_translation(ip.protocol, transport.flow.dst_port)
+            {
+                return Should::drop(reason);
+            }
             if let Some(key) = key {
                 if ip.protocol == 17 && transport.flow.dst_port == FOU {
                     return Should::drop(DropReason::OuterFragment);
@@ -342,9 +373,8 @@ impl Model {
             return self.underlay_back(input, ip, &quote, tunnel);
         }
         let Some(half) = self.reverse.get(&quote.flow.turned()).copied() else {
-            let (first, last) = if self.narrow { NARROW } else { WIDE };
-            let port = quote.flow.src_port;
-            let own = port == 0 || !(first..=last).contains(&port) || EXCLUDED.contains(&port);
+            let Flow { src_port, protocol, .. } = quote.flow;
+            let own = wire::is_portless(protocol) || !self.is_of_translation(protocol, src_port);
             return if own { Should::pass(input) } else { Should::drop(DropReason::IcmpNoFlow) };
         };
         if ip.ttl <= 1 {

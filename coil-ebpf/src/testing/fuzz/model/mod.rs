@@ -26,6 +26,17 @@ use crate::testing::{
     scenario::Action,
 };
 
+/// The reason with this name, if the datapath knows one: what is younger than the model.
+fn reason(name: &str) -> Option<DropReason> {
+    DropReason::ALL.iter().copied().find(|reason| reason.name() == name)
+}
+
+/// What comes to a port of translation, and answers nobody, is dropped for this reason; without it the local
+/// stack gets it.
+fn unknown_reply() -> Option<DropReason> {
+    reason("unknown_reply")
+}
+
 /// Counters by map and index.
 pub type Counters = BTreeMap<(&'static str, u32), Counter>;
 
@@ -473,6 +484,10 @@ struct Says {
 impl Says {
     fn too_big(v6: bool, mtu: usize) -> Self {
         Self { kind: if v6 { (2, 0) } else { (3, 4) }, mtu: u16::try_from(mtu).unwrap_or(u16::MAX) }
+    }
+
+    const fn prohibited(v6: bool) -> Self {
+        Self { kind: if v6 { (1, 1) } else { (3, 13) }, mtu: 0 }
     }
 
     const fn time_exceeded(v6: bool) -> Self {
