@@ -150,7 +150,8 @@ type Size = (u64, u64);
 #[derive(Clone, Debug)]
 pub struct PodFlow {
     egress: u32,
-    gateway: IpAddr,
+    /// None as long as no packet has shown which of several was chosen.
+    gateway: Option<IpAddr>,
     src_port: Option<u16>,
     /// From the pod.
     pub tx: Size,

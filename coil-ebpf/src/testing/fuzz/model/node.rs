@@ -110,10 +110,9 @@ impl Model {
             return refuse(input, DropReason::TooBig, error, true);
         }
         let tunnel = self.tunnel();
-        let gateway = self.gateway_of(transport.flow, egress, ip.v6, seen);
         let flow = self.flows.entry(transport.flow).or_insert(PodFlow {
             egress: egress.id,
-            gateway,
+            gateway: None,
             src_port: None,
             tx: (0, 0),
             rx: (0, 0),
@@ -124,6 +123,7 @@ impl Model {
         }
         let changed = wire::change(input.packet(), ip, None, |bytes| clamp(bytes, ip, transport, tunnel));
         let src_port = *flow.src_port.get_or_insert_with(|| chosen_port(seen, ip.v6, egress.auto));
+        let gateway = *flow.gateway.get_or_insert_with(|| chosen_gateway(egress.id, ip.v6, seen));
         let frame = wrap(tunnel, (ip.src, gateway), src_port, ip, &changed.bytes);
         let size = size(input, ip, Some(transport));
         add(&mut flow.tx, size);
@@ -139,22 +139,6 @@ impl Model {
         }
     }
 
-    /// The gateway of a flow: the one that it has, or any of the Egress.
-    fn gateway_of(&self, flow: Flow, egress: &world::Egress, v6: bool, seen: &Seen) -> IpAddr {
-        if let Some(known) = self.flows.get(&flow) {
-            return known.gateway;
-        }
-        let hosts = hosts(v6);
-        let (_, dst_at) = wire::addresses(v6);
-        let second = wire::octets(hosts.second);
-        let took_second = seen.frame.get(14 + dst_at..14 + dst_at + second.len()) == Some(&second[..]);
-        match egress.gateways {
-            (true, true) if took_second => hosts.second,
-            (true, _) => hosts.gateway,
-            _ => hosts.second,
-        }
-    }
-
     fn later_from_pod(&mut self, input: &Input, ip: &Ip, seen: &Seen) -> Should {
         let tunnel = self.tunnel();
         let known = follow(&mut self.node_notes, ip, self.now);
@@ -167,7 +151,8 @@ impl Model {
         }
         let auto = EGRESSES.iter().any(|egress| egress.id == known.egress && egress.auto);
         let src_port = *known.src_port.get_or_insert_with(|| chosen_port(seen, flow.is_v6(), auto));
-        let frame = wrap(tunnel, (ip.src, known.gateway), src_port, ip, input.packet());
+        let gateway = *known.gateway.get_or_insert_with(|| chosen_gateway(known.egress, ip.v6, seen));
+        let frame = wrap(tunnel, (ip.src, gateway), src_port, ip, input.packet());
         let size = size(input, ip, None);
         add(&mut known.tx, size);
         let egress = known.egress;
@@ -207,7 +192,8 @@ impl Model {
         }
         let auto = EGRESSES.iter().any(|egress| egress.id == known.egress && egress.auto);
         let src_port = *known.src_port.get_or_insert_with(|| chosen_port(seen, ip.v6, auto));
-        let frame = wrap(tunnel, (ip.src, known.gateway), src_port, ip, packet);
+        let gateway = *known.gateway.get_or_insert_with(|| chosen_gateway(known.egress, ip.v6, seen));
+        let frame = wrap(tunnel, (ip.src, gateway), src_port, ip, packet);
         Should::becomes(Action::Pass, framed(input.frame, false, &frame))
             .egress(known.egress, ip.v6, false, (1, ip.total as u64))
             .icmp(IcmpStat::FromPod)
@@ -323,6 +309,20 @@ impl Model {
         let says = Says::too_big(v6, inner_mtu(packet, &ip, tunnel));
         let error = error(&packet[inner.at..], v6, None, &says);
         refuse(input, DropReason::UnderlayTooBig, error, false)
+    }
+}
+
+/// The gateway that was chosen for a flow, which must be one of its Egress.
+fn chosen_gateway(egress: u32, v6: bool, seen: &Seen) -> IpAddr {
+    let hosts = hosts(v6);
+    let (_, dst_at) = wire::addresses(v6);
+    let second = wire::octets(hosts.second);
+    let took_second = seen.frame.get(14 + dst_at..14 + dst_at + second.len()) == Some(&second[..]);
+    let gateways = EGRESSES.iter().find(|known| known.id == egress).map(|known| known.gateways);
+    match gateways {
+        Some((true, true)) if took_second => hosts.second,
+        Some((true, _)) => hosts.gateway,
+        _ => hosts.second,
     }
 }
 
