@@ -137,7 +137,7 @@ async fn until<E>(drain: Drain, task: impl Future<Output = Result<(), E>> + Send
 }
 
 async fn open_datapath(client: &Client, node: &str, args: DatapathArgs) -> anyhow::Result<NodeDatapath> {
-    let DatapathArgs { egress_port, tunnel, bpffs_root, max_flows, icmp, shortcut } = args;
+    let DatapathArgs { egress_port, tunnel, same_node_bypass, bpffs_root, max_flows, icmp, shortcut } = args;
     let (node_ipv4, node_ipv6) = node_addresses(client, node).await;
     tracing::info!(?node_ipv4, ?node_ipv6, "source of ICMP errors to pods");
     let options = NodeOptions {
@@ -149,6 +149,7 @@ async fn open_datapath(client: &Client, node: &str, args: DatapathArgs) -> anyho
         max_flows,
         icmp,
         shortcut,
+        same_node_bypass,
     };
     tokio::task::spawn_blocking(move || NodeDatapath::open(options))
         .await?
@@ -233,6 +234,7 @@ fn remove(bpffs_root: PathBuf, pins: PathBuf) -> anyhow::Result<()> {
         max_flows: u32::try_from(coil_common::names::MAX_FLOWS)?,
         icmp: IcmpLimit::default(),
         shortcut: false,
+        same_node_bypass: false,
     };
     let nothing = DesiredState { complete: true, ..DesiredState::default() };
     // Programs that hang on filters, not on links, must be taken away one by one.

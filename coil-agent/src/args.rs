@@ -68,6 +68,11 @@ pub struct DatapathArgs {
     /// answer by the kind that they are spoken to by.
     #[arg(long, env = "COIL_TUNNEL", value_enum, default_value_t)]
     pub tunnel: TunnelKind,
+    /// Let packets of established flows go from a client pod to an egress pod of the same node, and back, without a
+    /// tunnel.
+    #[arg(long, env = "COIL_SAME_NODE_BYPASS", default_value_t = false, action = ArgAction::Set,
+          num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    pub same_node_bypass: bool,
     /// Folder for pinned maps and links, on a BPF file system of the node.
     #[arg(long, env = "COIL_BPFFS_ROOT", default_value = names::PIN_ROOT)]
     pub bpffs_root: PathBuf,

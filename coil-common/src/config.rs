@@ -46,6 +46,8 @@ pub const CONFIG_SOURCE_PORT_AUTO: u32 = 1 << 0;
 /// [`Config::flags`]: pods of the node send to gateways by IP in IP, not by FOU. Both are received, and a
 /// gateway answers as it was spoken to.
 pub const CONFIG_IPIP: u32 = 1 << 1;
+/// [`Config::flags`]: packets of established flows go to gateways of the same node, and back, without a tunnel.
+pub const CONFIG_NEAR: u32 = 1 << 2;
 /// [`Config::flags`]: a gateway hands packets to the other end of its interface, past its own egress.
 pub const CONFIG_REDIRECT_PEER: u32 = 1 << 8;
 /// [`Config::flags`]: a node sends tunnelled packets of flows that were answered past its IP stack.

@@ -60,6 +60,10 @@ pub const MAP_FRAGMENTS_V4: &str = "fragments_v4";
 pub const MAP_FRAGMENTS_V6: &str = "fragments_v6";
 /// Per-CPU array of `Counter`, index: `IcmpStat`.
 pub const MAP_ICMP_STATS: &str = "icmp_stats";
+/// Pods of this node by IPv4 address: `ClientKey4` to the index of the host-side interface.
+pub const MAP_NEAR_V4: &str = "near_v4";
+/// Pods of this node by IPv6 address: `ClientKey6` to the index of the host-side interface.
+pub const MAP_NEAR_V6: &str = "near_v6";
 /// `STATE_ENCAP` bits of all kinds of tunnels that clients of a gateway have ever used: array of one `u32`.
 pub const MAP_ENCAPS: &str = "encaps";
 /// Copy of the configuration that the programs were last loaded with, for tools: array of one
@@ -78,6 +82,8 @@ pub const MAP_EVENT_BUDGETS: &str = "event_budgets";
 pub const NODE_MAPS: &[&str] = &[
     MAP_PODS,
     MAP_POD_SLOTS,
+    MAP_NEAR_V4,
+    MAP_NEAR_V6,
     MAP_POLICY_V4,
     MAP_POLICY_V6,
     MAP_EGRESSES,

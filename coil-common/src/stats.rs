@@ -107,6 +107,9 @@ indices! {
         /// An ICMP error about a tunnelled packet that was too big for some link between pod and
         /// gateway: the sender of the packet inside was told.
         UnderlayTooBig = "underlay_too_big",
+        /// To an egress pod, but for somebody else, and in no tunnel: with `--same-node-bypass` such packets
+        /// are taken from clients of the same node alone.
+        NotForGateway = "not_for_gateway",
     }
 }
 

@@ -218,8 +218,11 @@ pub const STATE_CONFIRMED: u32 = 1 << 7;
 
 /// `state` of a translation: the client's packets come by IP in IP, and so do the answers.
 pub const STATE_IPIP: u32 = 1 << 16;
+/// `state` of a translation: the client's packets come from the same node without a tunnel. By which one they came
+/// before stays noted beside it.
+pub const STATE_DIRECT: u32 = 1 << 17;
 /// Bits of `state` that are about the tunnel, not about the connection; none of them is FOU.
-pub const STATE_ENCAP: u32 = STATE_IPIP;
+pub const STATE_ENCAP: u32 = STATE_IPIP | STATE_DIRECT;
 
 /// What is known of a datagram whose first fragment was seen. The key is that of a flow with the
 /// identification in place of the ports (right-aligned), and in IPv6 with the number of the fragment

@@ -6,7 +6,7 @@
 
 use coil_common::{
     config::{CONFIG_IPIP, Config},
-    values::{STATE_ENCAP, STATE_IPIP},
+    values::{STATE_DIRECT, STATE_ENCAP, STATE_IPIP},
 };
 
 use crate::{
@@ -28,6 +28,9 @@ impl Encap {
     pub const FOU: Self = Self(0);
     /// IP in IP.
     pub const IPIP: Self = Self(STATE_IPIP);
+
+    /// None: both pods are on one node.
+    pub const DIRECT: Self = Self(STATE_DIRECT);
 
     /// What the pods of a node use.
     #[inline(always)]
@@ -66,8 +69,16 @@ impl Encap {
         self.0 & STATE_IPIP != 0
     }
 
+    /// There is none.
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_direct(self) -> bool {
+        self.0 & STATE_DIRECT != 0
+    }
+
     /// The MTU under which FOU has as much room inside as this has under `mtu`: everything that is about
-    /// sizes counts with the overhead of FOU.
+    /// sizes counts with the overhead of FOU. Without a tunnel sizes are those of the one that was used before, so that
+    /// a flow can always go on in it.
     #[inline(always)]
     #[must_use]
     pub const fn like_fou(self, mtu: u32) -> u32 {
@@ -92,6 +103,8 @@ pub fn note<F: Parse, P: Packet, T: NatTables<F>>(packet: &mut P, encap: Encap, 
     let back = flow.reversed();
     let Some(reverse) = tables.reverse(back.key()) else { return };
     let client = tables.translation(reverse);
+    // What must go by a tunnel all the same takes the one that the client has used.
+    let encap = if encap.is_direct() { Encap(client.encap.bits() | encap.bits()) } else { encap };
     if client.encap.bits() != encap.bits() {
         tables.set_encap(reverse, encap);
     }

@@ -13,6 +13,7 @@ use coil_common::values::{
 
 use super::encode::{Limits, decode_egress_name};
 use super::loader::{LoadError, Loaded};
+use super::near::NearMaps;
 use super::state::{MapOp, MapState, Prefix};
 use super::writer::Store;
 
@@ -33,6 +34,7 @@ pub struct MapAccessError {
 pub(crate) struct NodeMaps {
     pods: HashMap<MapData, u32, PodValue>,
     pod_slots: Array<MapData, PodSlot>,
+    near: NearMaps,
     policy_v4: LpmTrie<MapData, PolicyKey4, PolicyValue>,
     policy_v6: LpmTrie<MapData, PolicyKey6, PolicyValue>,
     egresses: Array<MapData, EgressValue>,
@@ -65,6 +67,7 @@ impl NodeMaps {
         Ok(Self {
             pods: loaded.map(names::MAP_PODS)?,
             pod_slots: loaded.map(names::MAP_POD_SLOTS)?,
+            near: NearMaps::new(loaded)?,
             policy_v4: loaded.map(names::MAP_POLICY_V4)?,
             policy_v6: loaded.map(names::MAP_POLICY_V6)?,
             egresses,
@@ -95,9 +98,11 @@ impl NodeMaps {
             }
         }
         let pods: Result<Vec<_>, _> = self.pods.iter().collect();
-        for (ifindex, pod) in pods.map_err(read(names::MAP_PODS))? {
-            self.set_slot(ifindex, pod).map_err(write(names::MAP_POD_SLOTS))?;
+        let pods = pods.map_err(read(names::MAP_PODS))?;
+        for (ifindex, pod) in &pods {
+            self.set_slot(*ifindex, *pod).map_err(write(names::MAP_POD_SLOTS))?;
         }
+        self.near.fill(&pods)?;
         Ok(())
     }
 
@@ -242,10 +247,17 @@ impl Store for NodeMaps {
                 self.policy_v6.insert(&key(prefix), value, 0).map_err(write(names::MAP_POLICY_V6))
             }
             MapOp::SetPod(ifindex, pod) => {
+                if let Ok(old) = self.pods.get(&ifindex, 0) {
+                    self.near.remove(ifindex, &old)?;
+                }
+                self.near.insert(ifindex, &pod)?;
                 self.pods.insert(ifindex, pod, 0).map_err(write(names::MAP_PODS))?;
                 self.set_slot(ifindex, pod).map_err(write(names::MAP_POD_SLOTS))
             }
             MapOp::RemovePod(ifindex) => {
+                if let Ok(old) = self.pods.get(&ifindex, 0) {
+                    self.near.remove(ifindex, &old)?;
+                }
                 self.clear_slot(ifindex).map_err(remove(names::MAP_POD_SLOTS))?;
                 absent_is_fine(self.pods.remove(&ifindex)).map_err(remove(names::MAP_PODS))
             }

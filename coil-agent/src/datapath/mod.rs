@@ -13,6 +13,7 @@ mod loader;
 mod maglev;
 mod maps;
 mod migrate;
+mod near;
 mod object;
 mod older;
 mod pins;
@@ -53,7 +54,7 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 use std::path::PathBuf;
 
 use aya::programs::{ProgramFd, ProgramInfo};
-use coil_common::config::{CONFIG_SHORTCUT, Config};
+use coil_common::config::{CONFIG_NEAR, CONFIG_SHORTCUT, Config};
 use coil_common::names;
 use ipnet::IpNet;
 use nix::time::{ClockId, clock_gettime};
@@ -87,6 +88,8 @@ pub struct NodeOptions {
     pub fou_port: u16,
     /// What pods send to gateways by.
     pub tunnel: TunnelKind,
+    /// Packets of established flows go to gateways of this node, and back, without a tunnel.
+    pub same_node_bypass: bool,
     /// IPv4 address of the node: source of ICMP errors to pods.
     pub node_ipv4: Option<Ipv4Addr>,
     /// IPv6 address of the node.
@@ -252,8 +255,17 @@ impl NodeDatapath {
 
     /// The same with a way of attaching other than the kernel's best; for tests of the other way.
     pub fn open_with(options: NodeOptions, mode: Option<AttachMode>) -> Result<Self, DatapathError> {
-        let NodeOptions { bpffs_root, fou_port, tunnel, node_ipv4, node_ipv6, max_flows, icmp, shortcut } =
-            options;
+        let NodeOptions {
+            bpffs_root,
+            fou_port,
+            tunnel,
+            same_node_bypass,
+            node_ipv4,
+            node_ipv6,
+            max_flows,
+            icmp,
+            shortcut,
+        } = options;
         let folder = PinFolder::open(&bpffs_root, IfUnmounted::Refuse)?;
         let lock = folder.lock()?;
         let mut config = Config {
@@ -266,6 +278,9 @@ impl NodeDatapath {
         };
         icmp.apply(&mut config);
         tunnel.apply(&mut config);
+        if same_node_bypass {
+            config.flags |= CONFIG_NEAR;
+        }
         let sizes = [(names::MAP_FLOWS_V4, max_flows), (names::MAP_FLOWS_V6, max_flows)];
         let mut loaded = load(Role::Node, folder.maps(), &config, &sizes)?;
         let attachable = |name, hook| -> Result<_, LoadError> {

@@ -8,7 +8,7 @@ mod text;
 
 use std::net::IpAddr;
 
-use coil_common::config::Config;
+use coil_common::config::{CONFIG_NEAR, Config};
 use coil_common::keys::{FlowKey4, FlowKey6};
 use coil_common::names::{
     GATEWAY_MAPS, MAP_DROPS, MAP_FLOWS_V4, MAP_FLOWS_V6, MAP_NAT_FORWARD_V4, MAP_NAT_FORWARD_V6, NODE_MAPS,
@@ -134,6 +134,8 @@ pub(crate) struct GatewayInfo {
 pub(crate) struct TunnelInfo {
     /// `fou` or `ipip`.
     pub(crate) kind: &'static str,
+    /// The egress pod is on the same node, and packets of the flow will not be encapsulated once it is answered.
+    pub(crate) bypassed: bool,
     pub(crate) source: String,
     pub(crate) destination: String,
     /// Largest packet of the pod that fits.
@@ -425,8 +427,10 @@ pub(crate) fn explain(node: &Node, options: &Explain) -> Result<Explanation, Ins
     });
     let Some(outer) = outer else { return Ok(explanation) };
     let kind = if outer.outer.protocol == 17 { "fou" } else { "ipip" };
+    let near = node.config.flags & CONFIG_NEAR != 0 && node.gateway_with(outer.outer.dst).is_some();
     explanation.tunnel = Some(TunnelInfo {
         kind,
+        bypassed: near && matches!(tuple.protocol, 6 | 17),
         source: outer.outer.source(),
         destination: outer.outer.destination(),
         mtu: inner_mtu(&node.config, pod.value.mtu, v6),

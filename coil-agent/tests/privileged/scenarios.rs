@@ -313,7 +313,8 @@ fn packets_of_established_flows_meet_the_same_fate() {
     let net = NetNs::new("again");
     let mut groups: BTreeMap<Setting, Vec<Scenario>> = BTreeMap::new();
     for scenario in scenarios() {
-        if matches!(scenario.kernel, Kernel::Takes) {
+        // Whether a packet takes the short way depends on the clock; those of the others do not differ.
+        if matches!(scenario.kernel, Kernel::Takes) && !scenario.near {
             groups.entry(setting(&scenario)).or_default().push(scenario);
         }
     }

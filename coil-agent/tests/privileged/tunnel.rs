@@ -17,7 +17,7 @@ use crate::support::{DEADLINE, maps, wait_for};
 use crate::traffic::{dump, echo_server, everything_works, offloads, pattern, udp_peer};
 
 /// By what clients have been heard last, of all halves of all translations.
-fn noted(topology: &Topology) -> Vec<u32> {
+pub(crate) fn noted(topology: &Topology) -> Vec<u32> {
     let pins = topology.gateway_pins();
     let v4 = [MAP_NAT_FORWARD_V4, MAP_NAT_REVERSE_V4]
         .into_iter()

@@ -21,6 +21,7 @@ use coil_common::{
     },
 };
 use coil_ebpf::{
+    decide::near::Near,
     encap::Encap,
     family::{Family, V4, V6, addr4, addr6, bytes6},
     tables::{Clock, Fragments, Full, NatTables, NodeTables, ReserveError, Tally, Translation},
@@ -87,6 +88,10 @@ pub(super) static LISTENERS: Array<Listener, 1> = Array::new();
 pub(super) static EVENT_BUDGETS: PerCpuArray<EventBudget, 2> = PerCpuArray::new();
 #[btf_map(name = "headers")]
 pub(super) static HEADERS: PerCpuArray<[u8; apply::KEPT], 1> = PerCpuArray::new();
+#[btf_map(name = "near_v4")]
+static NEAR_V4: HashMap<ClientKey4, u32, { names::MAX_PODS }, NO_PREALLOC> = HashMap::new();
+#[btf_map(name = "near_v6")]
+static NEAR_V6: HashMap<ClientKey6, u32, { names::MAX_PODS }, NO_PREALLOC> = HashMap::new();
 #[btf_map(name = "encaps")]
 static ENCAPS: Array<u32, 1> = Array::new();
 #[btf_map(name = "event_scratch")]
@@ -360,6 +365,26 @@ macro_rules! node_tables {
 
 node_tables!(V4, u32::to_ne_bytes, POLICY_V4, PolicyKey4, PEERS_V4, PeerKey4, FLOWS_V4);
 node_tables!(V6, bytes6, POLICY_V6, PolicyKey6, PEERS_V6, PeerKey6, FLOWS_V6);
+
+macro_rules! near {
+    ($family:ty, $bytes:expr, $near:ident, $key:ident) => {
+        impl Near<$family> for Maps {
+            #[inline(always)]
+            fn near(&self, addr: &<$family as Family>::Addr) -> Option<u32> {
+                // SAFETY: without preallocation an entry stays until the program ends, even if it is removed.
+                unsafe { $near.get($key { addr: $bytes(*addr) }).copied() }
+            }
+
+            #[inline(always)]
+            fn pod_at(&self, ifindex: u32) -> Option<PodValue> {
+                pod(ifindex).copied()
+            }
+        }
+    };
+}
+
+near!(V4, u32::to_ne_bytes, NEAR_V4, ClientKey4);
+near!(V6, bytes6, NEAR_V6, ClientKey6);
 
 macro_rules! nat_tables {
     ($family:ty, $bytes:expr, $addr:expr, $nat:ty, $clients:ident, $client_key:ident, $forward:ident, $reverse:ident) => {

@@ -4,6 +4,7 @@ mod apply;
 mod atomic;
 mod events;
 mod maps;
+mod near;
 mod notes;
 mod odd;
 mod refuse;
@@ -28,6 +29,7 @@ use coil_ebpf::{
         fragment, from_pod,
         gateway::{self, Direction},
         inbound,
+        near::Near,
         shortcut::is_reply,
         to_pod,
     },
@@ -68,6 +70,9 @@ impl Outcome {
     const MISS: u64 = 4;
     /// It is tunnelled, belongs to a flow that was answered, and may leave past the stack.
     const ONWARD: u64 = 7;
+
+    /// It goes to another pod of this node at once: see [`near`].
+    const NEAR: u64 = 8;
 
     /// It is dropped.
     #[inline(always)]
@@ -151,8 +156,10 @@ fn to_pod(ctx: TcContext) -> i32 {
     let Some(pod) = maps::pod(skb.ifindex()) else {
         return TC_ACT_UNSPEC;
     };
-    // Tunnels to egress pods, and whatever reaches pods without policy, are their own business.
-    if pod.set == NO_POLICY && !inbound::notes(pod) {
+    // Tunnels to egress pods, and whatever reaches pods without policy, are their own business; but not what comes to an
+    // egress pod where it could be taken for a packet that was handed to it.
+    let guarded = near::is_on() && pod.flags & POD_GATEWAY != 0;
+    if pod.set == NO_POLICY && !inbound::notes(pod) && !guarded {
         return TC_ACT_UNSPEC;
     }
     let served = pod.set != NO_POLICY;
@@ -266,26 +273,40 @@ fn note_first<F: Build>(skb: &mut Skb) -> bool {
 #[inline(always)]
 fn short_from_pod<F: Usual>(ctx: &TcContext, pod: &PodValue) -> u64
 where
-    Maps: NodeTables<F>,
+    Maps: NodeTables<F> + Near<F>,
 {
-    if Encap::of_config(config()).is_ipip() {
-        fast_from_pod::<F, true>(ctx, pod)
-    } else {
-        fast_from_pod::<F, false>(ctx, pod)
+    match (Encap::of_config(config()).is_ipip(), near::is_on()) {
+        (false, false) => fast_from_pod::<F, false, false>(ctx, pod),
+        (false, true) => fast_from_pod::<F, false, true>(ctx, pod),
+        (true, false) => fast_from_pod::<F, true, false>(ctx, pod),
+        (true, true) => fast_from_pod::<F, true, true>(ctx, pod),
     }
 }
 
 #[inline(never)]
-fn fast_from_pod<F: Usual, const IPIP: bool>(ctx: &TcContext, pod: &PodValue) -> u64
+fn fast_from_pod<F: Usual, const IPIP: bool, const NEAR: bool>(ctx: &TcContext, pod: &PodValue) -> u64
 where
-    Maps: NodeTables<F>,
+    Maps: NodeTables<F> + Near<F>,
 {
-    let mut answered = false;
-    let outcome = hit!(ctx, |skb: &Skb, rewrite: &mut Rewrite<F>| {
-        let hit = fast::from_pod::<F, _, _, IPIP>(skb, pod, config(), &Maps, rewrite)?;
-        answered = hit.answered;
-        Some(Some(hit))
-    });
+    let mut skb = Skb::new(ctx);
+    let mut rewrite = Rewrite::new();
+    let Some(hit) = fast::from_pod::<F, _, _, IPIP>(&skb, pod, config(), &Maps, &mut rewrite) else {
+        return Outcome::MISS;
+    };
+    let answered = hit.answered;
+    if NEAR
+        && answered
+        && let Some(outcome) = near::gateway(&skb, &rewrite, &hit)
+    {
+        return outcome;
+    }
+    let outcome = match apply::rewrite(&mut skb, &rewrite) {
+        Ok(outcome) => {
+            hit.commit(&Maps);
+            outcome.0
+        }
+        Err(reason) => Outcome::drop(reason).0,
+    };
     // Where routes are remembered, ports are.
     if !IPIP && answered && outcome == Outcome::PASS.0 && config().flags & CONFIG_SHORTCUT != 0 {
         return Outcome::ONWARD;
@@ -296,11 +317,19 @@ where
 /// The short way of packets from a pod without policy; those that a gateway has tunnelled may leave past
 /// the stack.
 #[inline(never)]
-fn unserved<F: Usual>(ctx: &TcContext, pod: &PodValue) -> u64 {
+fn unserved<F: Usual>(ctx: &TcContext, pod: &PodValue) -> u64
+where
+    Maps: NodeTables<F> + Near<F>,
+{
     let skb = Skb::new(ctx);
     let Some(ip) = fast::unserved::<F, _>(&skb, pod) else {
-        return Outcome::MISS;
+        return if near::is_on() && pod.flags == POD_GATEWAY {
+            near::client::<F>(&skb, pod)
+        } else {
+            Outcome::MISS
+        };
     };
+    near::take(&skb, pod);
     let may = pod.flags == POD_GATEWAY && config().flags & CONFIG_SHORTCUT != 0;
     if may && is_reply(&skb, &ip, config()) { Outcome::ONWARD } else { Outcome::PASS.0 }
 }
@@ -463,7 +492,7 @@ where
             let outcome = or_odd::<F>(skb.raw, Hook::Back, back::<F>(skb.raw, 0));
             or_again(outcome, || back::<F>(skb.raw, 1))
         }
-        Direction::Neither => Outcome::PASS.0,
+        Direction::Neither => near::out::<F>(skb.raw),
     }
 }
 
@@ -531,6 +560,9 @@ fn finish<F: Build>(skb: &mut Skb, hook: u32, outcome: u64) -> i32 {
     }
     if kind == Outcome::BACK.0 {
         return skb.redirect_back(config());
+    }
+    if kind == Outcome::NEAR {
+        return near::send(outcome);
     }
     let dropped = dropped(skb);
     let reason = (outcome >> 8 & 0xff) as u32;

@@ -106,7 +106,7 @@ impl Usual for V6 {
 
 /// The transport header of a packet in the middle of a flow.
 #[inline(always)]
-fn transport<F: Family, V: View>(view: &V, ip: &Ip<F>) -> Option<L4> {
+pub(super) fn transport<F: Family, V: View>(view: &V, ip: &Ip<F>) -> Option<L4> {
     let at = ip.l4;
     let room = ip.length - F::HEADER as u32;
     let [s0, s1, d0, d1] = view.word(at).to_ne_bytes();
@@ -176,13 +176,13 @@ fn tunnelled<F: Usual, P: Packet, const IPIP: bool>(
 /// The flow of a packet; ports as a word, since taking them apart and putting them together again
 /// costs more than all else here.
 #[inline(always)]
-fn flow<F: Family, V: View>(view: &V, ip: &Ip<F>, l4: &L4) -> Flow<F> {
+pub(super) fn flow<F: Family, V: View>(view: &V, ip: &Ip<F>, l4: &L4) -> Flow<F> {
     Flow::of_words(&ip.src, &ip.dst, view.word(l4.at), ip.protocol)
 }
 
 /// The flow of which a packet is the answer.
 #[inline(always)]
-fn answered<F: Family, V: View>(view: &V, ip: &Ip<F>, l4: &L4) -> Flow<F> {
+pub(super) fn answered<F: Family, V: View>(view: &V, ip: &Ip<F>, l4: &L4) -> Flow<F> {
     Flow::of_words(&ip.dst, &ip.src, view.word(l4.at).rotate_left(16), ip.protocol)
 }
 
@@ -217,6 +217,12 @@ pub struct FlowHit<H> {
 }
 
 impl<H: Copy> FlowHit<H> {
+    /// A packet of a flow that was answered.
+    #[inline(always)]
+    pub(super) const fn new(flow: H, egress: u32, direction: Direction, packets: u32, bytes: u32) -> Self {
+        Self { flow, egress, direction, packets, bytes, answered: true }
+    }
+
     /// Counts it.
     #[inline(always)]
     pub fn commit<F: Family, T: NodeTables<F, Flow = H>>(&self, tables: &T) {
@@ -352,6 +358,12 @@ pub struct EntryHit<E> {
 }
 
 impl<E: Copy> EntryHit<E> {
+    /// A packet of a translation.
+    #[inline(always)]
+    pub(super) const fn new(entry: E, stat: GatewayStat, packets: u32, bytes: u32) -> Self {
+        Self { entry, stat, packets, bytes }
+    }
+
     /// Counts it.
     #[inline(always)]
     pub fn commit<F: Family, T: NatTables<F, Entry = E>>(&self, tables: &T) {
@@ -374,8 +386,9 @@ pub fn out<F: Usual, P: Packet, T: NatTables<F>, const IPIP: bool>(
         return None;
     }
     let entry = tables.forward(flow(&view, &inner, &l4).key())?;
+    let kind = if IPIP { Encap::IPIP } else { Encap::FOU };
     let to = tables.translation(entry);
-    if to.tick != tables.tick() as u16 || to.state & STATE_CONFIRMED == 0 || to.encap.is_ipip() != IPIP {
+    if to.tick != tables.tick() as u16 || to.state & STATE_CONFIRMED == 0 || to.encap.bits() != kind.bits() {
         return None;
     }
     let tally = wire::tally(packet, &inner, &l4, 0, 0);
@@ -425,7 +438,9 @@ pub fn back<F: Usual, P: Packet, T: NatTables<F>>(
     rewrite.decrement_ttl(&ip);
     rewrite.translate(packet, &ip, &l4, End::Destination, &to).ok()?;
     let auto = config.flags & CONFIG_SOURCE_PORT_AUTO != 0;
-    rewrite.push = Some(push(&flow, &ip, F::of_config(config), to.addr, to.encap, auto, config));
+    if !to.encap.is_direct() {
+        rewrite.push = Some(push(&flow, &ip, F::of_config(config), to.addr, to.encap, auto, config));
+    }
     Some(Some(EntryHit {
         entry,
         stat: if F::INDEX == 0 { GatewayStat::ReplyV4 } else { GatewayStat::ReplyV6 },

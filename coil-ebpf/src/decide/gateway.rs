@@ -9,7 +9,7 @@ use coil_common::{
     stats::{DropReason, GatewayStat},
 };
 
-use super::{edit::End, nat, wire};
+use super::{edit::End, nat, near, wire};
 use crate::{
     encap::Encap,
     family::Family,
@@ -219,18 +219,21 @@ pub fn back<F: Parse + Build, P: Packet, T: NatTables<F>>(
         return Ok(Verdict::Fragment);
     }
     rewrite.translate(packet, ip, &l4, End::Destination, &to)?;
-    let hash = flow.hash(config.seed);
-    rewrite.cut = wire::is_uncut(packet, &l4);
-    rewrite.push = Some(Tunnel {
-        encap: to.encap,
-        src: F::of_config(config),
-        dst: to.addr,
-        src_port: source_port(config.flags & CONFIG_SOURCE_PORT_AUTO != 0, hash, config),
-        dst_port: config.fou_port,
-        ecn: ip.tos & 3,
-        inner: (ip.length & 0xffff) as u16,
-        label: hash.bits16(),
-    });
+    // Where it came without a tunnel it goes back without one, if it may.
+    if !(to.encap.is_direct() && near::takes(ip, &l4)) {
+        let hash = flow.hash(config.seed);
+        rewrite.cut = wire::is_uncut(packet, &l4);
+        rewrite.push = Some(Tunnel {
+            encap: to.encap,
+            src: F::of_config(config),
+            dst: to.addr,
+            src_port: source_port(config.flags & CONFIG_SOURCE_PORT_AUTO != 0, hash, config),
+            dst_port: config.fou_port,
+            ecn: ip.tos & 3,
+            inner: (ip.length & 0xffff) as u16,
+            label: hash.bits16(),
+        });
+    }
     let state = wire::shows(&l4, true, &wire::RESPONDER);
     Ok(Verdict::Rewrite(Account {
         entry,

@@ -9,6 +9,7 @@ pub mod gateway;
 pub mod icmp;
 pub mod inbound;
 pub mod nat;
+pub mod near;
 pub mod shortcut;
 pub mod to_pod;
 mod wire;

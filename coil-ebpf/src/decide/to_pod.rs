@@ -3,12 +3,12 @@
 //! Fails closed for tunnelled packets from anybody else, open for the rest.
 
 use coil_common::{
-    config::Config,
+    config::{CONFIG_NEAR, Config},
     stats::{Direction, DropReason},
     values::{NO_POLICY, POD_GATEWAY, PodValue},
 };
 
-use super::{from_pod::Account, wire};
+use super::{from_pod::Account, near, wire};
 use crate::{
     encap::Encap,
     packet::{ETHERNET, Packet},
@@ -33,6 +33,10 @@ pub fn to_pod<F: Outer, P: Packet, T: NodeTables<F>>(
     tables: &T,
     rewrite: &mut Rewrite<F>,
 ) -> Decision<Option<Account<T::Flow>>> {
+    if config.flags & CONFIG_NEAR != 0 && pod.flags & POD_GATEWAY != 0 && near::is_stray::<F, P>(packet, pod)
+    {
+        return Err(DropReason::NotForGateway);
+    }
     if pod.set == NO_POLICY || pod.flags & POD_GATEWAY != 0 {
         return Ok(Verdict::Pass);
     }

@@ -1,9 +1,9 @@
 //! Carries verdicts out on bytes in memory, as the programs do on packets in the kernel.
 
 use coil_common::{
-    config::Config,
+    config::{CONFIG_NEAR, Config},
     stats::{DropReason, GatewayStat, IcmpStat},
-    values::{NO_POLICY, PodValue},
+    values::{NO_POLICY, POD_GATEWAY, PodValue},
 };
 
 use super::{
@@ -17,7 +17,9 @@ use crate::{
         fast::{self, Usual},
         fragment, from_pod, gateway,
         icmp::{self, ErrorRewrite},
-        inbound, to_pod,
+        inbound,
+        near::{self, Near},
+        to_pod,
     },
     encap::{self, Encap},
     family::{Family, V4, V6},
@@ -73,20 +75,36 @@ fn hit<F: Outer + Usual>(
     tables: &Tables,
 ) -> Option<Action>
 where
-    Tables: NodeTables<F> + NatTables<F>,
+    Tables: NodeTables<F> + NatTables<F> + Near<F>,
 {
     let mut rewrite = Rewrite::<F>::new();
     let pod = || tables.pod(ifindex);
     match hook {
         Hook::FromPod if pod()?.set == NO_POLICY => {
-            fast::unserved::<F, _>(packet, &pod()?)?;
+            let from = pod()?;
+            if fast::unserved::<F, _>(packet, &from).is_none() {
+                if config.flags & CONFIG_NEAR == 0 || from.flags != POD_GATEWAY {
+                    return None;
+                }
+                let (_, hit) = near::client::<F, _, _>(packet, &from, tables)?;
+                if let Some(hit) = hit {
+                    hit.commit(tables);
+                }
+                return Some(Action::Back);
+            }
         }
         Hook::FromPod => {
+            let near = config.flags & CONFIG_NEAR != 0;
             let hit = if Encap::of_config(config).is_ipip() {
                 fast::from_pod::<F, _, _, true>(packet, &pod()?, config, tables, &mut rewrite)?
             } else {
                 fast::from_pod::<F, _, _, false>(packet, &pod()?, config, tables, &mut rewrite)?
             };
+            if near && hit.answered && near::gateway(&rewrite, tables).is_some() {
+                packet.bytes.copy_within(0..6, 6);
+                hit.commit(tables);
+                return Some(Action::Back);
+            }
             apply(packet, &rewrite);
             hit.commit(tables);
         }
@@ -109,6 +127,7 @@ where
                         gateway::Direction::Out(encap) if encap.is_ipip() => {
                             fast::out::<F, _, _, true>(packet, config, tables, &mut rewrite)?
                         }
+                        gateway::Direction::Neither => near::out(packet, config, tables, &mut rewrite)?,
                         _ => return None,
                     },
                 },
@@ -131,7 +150,7 @@ fn run_family<F: Outer + Usual + Quoted>(
     tables: &Tables,
 ) -> Result<Action, DropReason>
 where
-    Tables: NodeTables<F> + NatTables<F>,
+    Tables: NodeTables<F> + NatTables<F> + Near<F>,
 {
     if !tables.long_way_only
         && let Some(action) = hit::<F>(hook, ifindex, packet, config, tables)
@@ -174,6 +193,11 @@ where
             }
             verdict.map(Counted::Flow)
         }
+        (Hook::Gateway, _)
+            if matches!(gateway::direction::<F, _>(packet, config), gateway::Direction::Neither) =>
+        {
+            near::out_long(packet, config, tables, &mut rewrite)?.map(Counted::Entry)
+        }
         (Hook::Gateway, _) => {
             let mut verdict = gateway::gateway(packet, config, tables, &mut rewrite)?;
             if matches!(verdict, Verdict::Fragment) {
@@ -195,8 +219,14 @@ where
         Verdict::Rewrite(counted) => {
             let outward = gateway::direction::<F, _>(packet, config);
             apply(packet, &rewrite);
-            if let (Hook::Gateway, gateway::Direction::Out(encap)) = (hook, outward) {
-                encap::note::<F, _, _>(packet, encap, tables);
+            match (hook, outward) {
+                (Hook::Gateway, gateway::Direction::Out(encap)) => {
+                    encap::note::<F, _, _>(packet, encap, tables)
+                }
+                (Hook::Gateway, gateway::Direction::Neither) => {
+                    encap::note::<F, _, _>(packet, Encap::DIRECT, tables);
+                }
+                _ => {}
             }
             counted.commit::<F>(tables);
             Ok(action(rewrite.way))
@@ -217,7 +247,7 @@ fn run_icmp<F: Outer + Usual + Quoted>(
     tables: &Tables,
 ) -> Result<Action, DropReason>
 where
-    Tables: NodeTables<F> + NatTables<F>,
+    Tables: NodeTables<F> + NatTables<F> + Near<F>,
 {
     let mut rewrite = ErrorRewrite::<F>::new();
     let Some(pod) = tables.pod(ifindex).or((hook == Hook::Gateway).then(PodValue::default)) else {

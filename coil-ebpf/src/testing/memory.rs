@@ -16,6 +16,7 @@ use coil_common::{
 
 use super::entries::{Bytes, Entry, Key, Value};
 use crate::{
+    decide::near::Near,
     encap::Encap,
     family::{Family, V4, V6, addr4, addr6},
     packet::{Packet, View},
@@ -414,6 +415,20 @@ macro_rules! tables {
                     u64::from(tally.packets),
                     u64::from(tally.bytes),
                 );
+            }
+        }
+
+        impl Near<$family> for Tables {
+            fn near(&self, addr: &<$family as Family>::Addr) -> Option<u32> {
+                let key = coil_common::keys::$client { addr: $bytes(*addr) };
+                self.fixed::<u32>(
+                    if $maps[0] == names::MAP_POLICY_V4 { names::MAP_NEAR_V4 } else { names::MAP_NEAR_V6 },
+                    &key,
+                )
+            }
+
+            fn pod_at(&self, ifindex: u32) -> Option<PodValue> {
+                self.pod(ifindex)
             }
         }
 

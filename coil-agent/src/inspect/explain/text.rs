@@ -61,6 +61,9 @@ pub(super) fn render(e: &Explanation) -> String {
             ),
         );
     }
+    if e.tunnel.as_ref().is_some_and(|tunnel| tunnel.bypassed) {
+        out.line("", "same node, not encapsulated: data goes from pod to pod once the flow is answered");
+    }
     if let Some(translation) = &e.translation {
         let text = match &translation.seen_as {
             Some(seen) if translation.existing => format!("exists: the world sees {seen}"),

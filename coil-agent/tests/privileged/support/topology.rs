@@ -58,6 +58,8 @@ pub(crate) struct Topology {
     pub(crate) far: Option<NetNs>,
     /// By what the client's node sends.
     pub(crate) tunnel: TunnelKind,
+    /// Without a tunnel inside the node.
+    pub(crate) bypass: bool,
 }
 
 /// UID of the gateway's pod.
@@ -94,8 +96,16 @@ impl Topology {
         let client = host(&node, "client", "vclient", [10, 1, 0], 0x1);
         let gateway = host(there, "gateway", "vgateway", [10, 2, 0], 0x2);
         let external = host(there, "external", "vexternal", [192, 0, 2], 0x3);
-        let topology =
-            Self { client, gateway, external, bpffs: BpfFs::new(), node, far, tunnel: TunnelKind::Fou };
+        let topology = Self {
+            client,
+            gateway,
+            external,
+            bpffs: BpfFs::new(),
+            node,
+            far,
+            tunnel: TunnelKind::Fou,
+            bypass: false,
+        };
         topology.wait();
         topology
     }
@@ -143,6 +153,7 @@ impl Topology {
             max_flows: 4096,
             icmp: IcmpLimit::default(),
             shortcut: false,
+            same_node_bypass: self.bypass,
         }
     }
 

@@ -4,7 +4,7 @@ use coil_common::{
     config::CONFIG_IPIP,
     names,
     stats::{Direction, DropReason, GatewayStat, IcmpStat},
-    values::{FlowValue, STATE_IPIP, STATE_REPLY, STATE_SYN},
+    values::{FlowValue, STATE_DIRECT, STATE_IPIP, STATE_REPLY, STATE_SYN},
 };
 
 use super::world::{ACK, CONFIRMED, MSS_1460, MTU, Nat, PORTS, PORTS_BACK, SYN, SYN_ACK, World, sent};
@@ -325,6 +325,12 @@ fn switched(w: &World) -> Vec<Scenario> {
         turns("a client begins with it", &ipip, [0, 0], STATE_IPIP),
         turns("the half of answers was made anew", &ipip, [STATE_IPIP, 0], STATE_IPIP),
         turns("the half of the client was made anew", &ipip, [0, STATE_IPIP], STATE_IPIP),
+        turns(
+            "a client of the same node uses it again",
+            &ipip,
+            [STATE_DIRECT, STATE_IPIP | STATE_DIRECT],
+            STATE_IPIP,
+        ),
         turns("a client goes back to FOU", &w.to_gateway(&data), [STATE_IPIP, STATE_IPIP], 0)
             .and(vec![Entry::new(names::MAP_ENCAPS, &0u32, &STATE_IPIP)]),
     ]

@@ -6,6 +6,7 @@ mod from_pod;
 mod gateway;
 mod icmp;
 mod ipip;
+mod near;
 mod notes;
 mod to_pod;
 mod world;
@@ -24,6 +25,7 @@ pub fn scenarios() -> Vec<Scenario> {
         out.extend(errors::rows(&world));
         out.extend(icmp::rows(&world));
         out.extend(ipip::rows(&world));
+        out.extend(near::rows(&world));
         out.extend(fragments::rows(&world));
         out.extend(notes::rows(&world));
     }

@@ -427,6 +427,7 @@ impl World {
             limit: None,
             packet: Memory::new(bytes),
             kernel: Kernel::Takes,
+            near: false,
             expect: Expect {
                 action: Action::Pass,
                 packet: None,
