@@ -21,6 +21,10 @@ use crate::testing::{
     memory::{Memory, Tables},
     scenario::{Action, Hook, IFINDEX},
 };
+use crate::{
+    family::{V4, V6},
+    tables::NatTables,
+};
 
 /// A case that went wrong.
 #[derive(Clone, Debug)]
@@ -91,6 +95,10 @@ fn growth(before: &Counters, after: &Counters) -> Counters {
 ///
 /// They differ, or what happened may not happen.
 pub fn hop(play: &mut Play, hook: Hook, packet: &Memory) -> Result<(Action, Vec<u8>), Box<Failure>> {
+    // The model knows tunnels only.
+    if hook == Hook::Gateway && is_handed_over(play, packet) {
+        return Ok((Action::Pass, packet.bytes.clone()));
+    }
     let (tables, config) = match hook {
         Hook::FromPod | Hook::ToPod => (&play.node, &play.world.node),
         Hook::Gateway => (&play.gateway, &play.world.gateway),
@@ -129,6 +137,24 @@ pub fn hop(play: &mut Play, hook: Hook, packet: &Memory) -> Result<(Action, Vec<
     match judged {
         Ok(()) => Ok((action, after)),
         Err(what) => Err(failure(play, what)),
+    }
+}
+
+/// A packet is one that reaches a gateway from a client of its node without a tunnel: it is for somebody else.
+fn is_handed_over(play: &Play, packet: &Memory) -> bool {
+    let input = Input { frame: &packet.bytes, gso_size: 0, segments: 0 };
+    let Some(v6) = input.family() else { return false };
+    let (bytes, (src_at, dst_at)) = (input.packet(), wire::addresses(v6));
+    let own = octets(hosts(v6).gateway);
+    if bytes.len() < wire::least(v6) || bytes[dst_at..dst_at + own.len()] == own[..] {
+        return false;
+    }
+    let word = |at: usize| u32::from_ne_bytes([0, 1, 2, 3].map(|index| bytes[at + index]));
+    if v6 {
+        let src = [0, 4, 8, 12].map(|offset| word(src_at + offset));
+        NatTables::<V6>::is_client(&play.gateway, &src)
+    } else {
+        NatTables::<V4>::is_client(&play.gateway, &word(src_at))
     }
 }
 

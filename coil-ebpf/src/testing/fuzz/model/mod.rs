@@ -53,12 +53,12 @@ pub struct Input<'a> {
 
 impl<'a> Input<'a> {
     /// The IP packet, and whatever Ethernet has put behind it.
-    fn packet(&self) -> &'a [u8] {
+    pub(super) fn packet(&self) -> &'a [u8] {
         self.frame.get(14..).unwrap_or_default()
     }
 
     /// What the Ethernet header says: IPv6, IPv4 or neither.
-    fn family(&self) -> Option<bool> {
+    pub(super) fn family(&self) -> Option<bool> {
         match number(self.frame, 12) {
             0x0800 if self.frame.len() >= 14 => Some(false),
             0x86dd => Some(true),
