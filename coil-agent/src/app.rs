@@ -15,11 +15,12 @@ use coil_runtime::{admin, kube_client, metrics, telemetry};
 use k8s_openapi::api::core::v1::Node;
 use kube::{Api, Client};
 
-use crate::args::{CoildArgs, DatapathArgs, UninstallArgs};
+use crate::args::{CoildArgs, DatapathArgs, OtherProtocols, UninstallArgs};
 use crate::cni::error::causes;
 use crate::cni::pod::Pods;
 use crate::cni::proto::cni_server::SERVICE_NAME;
 use crate::cni::server;
+use crate::datapath::timeouts::Timeouts;
 use crate::datapath::{Datapath, DatapathError, IcmpLimit, NodeDatapath, NodeOptions, PinError, TunnelKind};
 use crate::desired::DesiredState;
 use crate::desired::build::Picture;
@@ -137,7 +138,18 @@ async fn until<E>(drain: Drain, task: impl Future<Output = Result<(), E>> + Send
 }
 
 async fn open_datapath(client: &Client, node: &str, args: DatapathArgs) -> anyhow::Result<NodeDatapath> {
-    let DatapathArgs { egress_port, tunnel, same_node_bypass, bpffs_root, max_flows, icmp, shortcut } = args;
+    let DatapathArgs {
+        egress_port,
+        tunnel,
+        same_node_bypass,
+        bpffs_root,
+        max_flows,
+        max_flows_per_pod,
+        other_protocols,
+        icmp,
+        shortcut,
+        timeouts,
+    } = args;
     let (node_ipv4, node_ipv6) = node_addresses(client, node).await;
     tracing::info!(?node_ipv4, ?node_ipv6, "source of ICMP errors to pods");
     let options = NodeOptions {
@@ -147,9 +159,12 @@ async fn open_datapath(client: &Client, node: &str, args: DatapathArgs) -> anyho
         node_ipv4,
         node_ipv6,
         max_flows,
+        max_pod_flows: max_flows_per_pod.unwrap_or(max_flows / 4),
+        address_only: other_protocols == OtherProtocols::AddressOnly,
         icmp,
         shortcut,
         same_node_bypass,
+        timeouts,
     };
     tokio::task::spawn_blocking(move || NodeDatapath::open(options))
         .await?
@@ -235,6 +250,9 @@ fn remove(bpffs_root: PathBuf, pins: PathBuf) -> anyhow::Result<()> {
         icmp: IcmpLimit::default(),
         shortcut: false,
         same_node_bypass: false,
+        max_pod_flows: 0,
+        address_only: false,
+        timeouts: Timeouts::default(),
     };
     let nothing = DesiredState { complete: true, ..DesiredState::default() };
     // Programs that hang on filters, not on links, must be taken away one by one.

@@ -7,6 +7,7 @@ use coil_common::names;
 use coil_runtime::admin::ListenAddr;
 use coil_runtime::telemetry::LogArgs;
 
+use crate::datapath::timeouts::Timeouts;
 use crate::datapath::{IcmpLimit, TunnelKind};
 
 /// The node agent of Coil: keeps the datapath of this node as Pods and Egresses ask for.
@@ -87,6 +88,26 @@ pub struct DatapathArgs {
     #[arg(long, env = "COIL_SHORTCUT", default_value_t = false, action = ArgAction::Set,
           num_args = 0..=1, require_equals = true, default_missing_value = "true")]
     pub shortcut: bool,
+    /// Egress flows of one address family that a pod may have at a time; 0 for no limit, a quarter of
+    /// --max-flows by default.
+    #[arg(long, env = "COIL_MAX_FLOWS_PER_POD", value_name = "FLOWS")]
+    pub max_flows_per_pod: Option<u32>,
+    /// What happens to IP protocols other than TCP, UDP and ICMP on their way to an Egress.
+    #[arg(long, env = "COIL_OTHER_PROTOCOLS", value_enum, default_value_t = OtherProtocols::Drop)]
+    pub other_protocols: OtherProtocols,
+    /// How long idle flows are kept.
+    #[command(flatten)]
+    pub timeouts: Timeouts,
+}
+
+/// What happens to IP protocols without ports that are known here.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum OtherProtocols {
+    /// They are dropped and counted.
+    Drop,
+    /// Those whose checksums allow it (SCTP, GRE, ESP, IP in IP, L2TP) are translated by their address
+    /// alone: one client at a time for each protocol and destination.
+    AddressOnly,
 }
 
 fn default_flows() -> u32 {

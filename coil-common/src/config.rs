@@ -18,12 +18,16 @@ pub struct Config {
     pub ipv6: [u8; 16],
     /// UDP port of FOU, big endian.
     pub fou_port: [u8; 2],
-    /// First port or identifier that NAT may use, native endian.
+    /// First port that NAT may use, native endian. Exceptions are in the map `excluded_ports`.
     pub nat_port_first: u16,
-    /// Last port or identifier that NAT may use, native endian.
+    /// Last port that NAT may use, native endian.
     pub nat_port_last: u16,
-    /// Ports inside the range that NAT never uses, native endian, 0 for none.
-    pub nat_port_excluded: [u16; 5],
+    /// First identifier of ICMP echo that NAT may use, native endian.
+    pub nat_id_first: u16,
+    /// Last identifier of ICMP echo that NAT may use, native endian.
+    pub nat_id_last: u16,
+    /// Zero.
+    pub pad: [u8; 2],
     /// Largest IP packet in bytes that may leave a gateway, outer headers included.
     pub mtu: u32,
     /// `CONFIG_*` bits.
@@ -34,6 +38,14 @@ pub struct Config {
     pub icmp_rate: u32,
     /// ICMP errors that may be sent at once after a quiet time, each processor.
     pub icmp_burst: u32,
+    /// Translations of one family beyond which a gateway makes no new ones; 0 for no limit.
+    pub nat_admit: u32,
+    /// Translations of one family that a client of a gateway may have; 0 for no limit.
+    pub nat_client_flows: u32,
+    /// Translations that a client of a gateway may have to one address and port; 0 for no limit.
+    pub nat_client_ports: u32,
+    /// Egress flows of one family that a pod of a node may have; 0 for no limit.
+    pub pod_flows: u32,
 }
 
 /// [`Config::icmp_rate`] unless configured otherwise.
@@ -52,5 +64,7 @@ pub const CONFIG_NEAR: u32 = 1 << 2;
 pub const CONFIG_REDIRECT_PEER: u32 = 1 << 8;
 /// [`Config::flags`]: a node sends tunnelled packets of flows that were answered past its IP stack.
 pub const CONFIG_SHORTCUT: u32 = 1 << 9;
+/// [`Config::flags`]: IP protocols without ports that are known here are translated by address alone.
+pub const CONFIG_ADDRESS_ONLY: u32 = 1 << 4;
 
-shared! { Config = 56 }
+shared! { Config = 68 }

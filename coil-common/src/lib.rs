@@ -13,6 +13,7 @@ pub mod keys;
 pub mod names;
 mod pod;
 pub mod stats;
+pub mod usage;
 pub mod values;
 
 /// Version of the layouts in this crate; a component of the pin path.

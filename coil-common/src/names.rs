@@ -49,6 +49,21 @@ pub const MAP_NAT_FORWARD_V6: &str = "nat_forward_v6";
 pub const MAP_NAT_REVERSE_V4: &str = "nat_reverse_v4";
 /// Translations of replies, owners of ports: `FlowKey6` to `NatValue6`.
 pub const MAP_NAT_REVERSE_V6: &str = "nat_reverse_v6";
+/// Array of `u64`, a bit for each port that translation must not use; index: [`excluded_port`].
+///
+/// [`excluded_port`]: crate::usage::excluded_port
+pub const MAP_EXCLUDED_PORTS: &str = "excluded_ports";
+/// Array of `u64`, flows by user of a gateway; indices in [`usage`](crate::usage). Not for `bpftool`:
+/// user space has it mapped.
+pub const MAP_GATEWAY_USAGE: &str = "gateway_usage";
+/// Array of `u64`, remotes towards which no port was free; index: [`full_remote`].
+///
+/// [`full_remote`]: crate::usage::full_remote
+pub const MAP_FULL_REMOTES: &str = "full_remotes";
+/// Per-CPU array of `u64`: new flows by the number of ports that were tried.
+pub const MAP_PORT_PROBES: &str = "port_probes";
+/// Array of `u64`, egress flows by pod of a node; indices in [`usage`](crate::usage).
+pub const MAP_POD_USAGE: &str = "pod_usage";
 /// Per-CPU array of `Counter`, index: `GatewayStat`.
 pub const MAP_GATEWAY_STATS: &str = "gateway_stats";
 /// Per-CPU array of `Counter`, index: `DropReason`.
@@ -100,6 +115,7 @@ pub const NODE_MAPS: &[&str] = &[
     MAP_AFFINITY,
     MAP_INBOUND_V4,
     MAP_INBOUND_V6,
+    MAP_POD_USAGE,
     MAP_DROPS,
     MAP_CONFIG,
     MAP_POD_NAMES,
@@ -116,6 +132,10 @@ pub const GATEWAY_MAPS: &[&str] = &[
     MAP_NAT_FORWARD_V6,
     MAP_NAT_REVERSE_V4,
     MAP_NAT_REVERSE_V6,
+    MAP_EXCLUDED_PORTS,
+    MAP_GATEWAY_USAGE,
+    MAP_FULL_REMOTES,
+    MAP_PORT_PROBES,
     MAP_GATEWAY_STATS,
     MAP_ENCAPS,
     MAP_FRAGMENTS_V4,

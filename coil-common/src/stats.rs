@@ -110,6 +110,20 @@ indices! {
         /// To an egress pod, but for somebody else, and in no tunnel: with `--same-node-bypass` such packets
         /// are taken from clients of the same node alone.
         NotForGateway = "not_for_gateway",
+        /// A new flow to a destination towards which no port was free a moment ago.
+        DestinationFull = "destination_full",
+        /// The translation table is so full that it admits no new flows.
+        NatAdmission = "nat_admission",
+        /// The client has as many translations as it may have.
+        ClientFlowQuota = "client_flow_quota",
+        /// The client has as many translations to the destination as it may have.
+        ClientPortQuota = "client_port_quota",
+        /// The pod has as many flows in the node's table as it may have.
+        PodFlowQuota = "pod_flow_quota",
+        /// A protocol without ports, to a destination that another client is talking to by it.
+        AddressBusy = "address_busy",
+        /// From the world to a port of translation, but no reply to anybody.
+        UnknownReply = "unknown_reply",
     }
 }
 

@@ -138,8 +138,10 @@ pub struct FlowValue {
     pub created: u32,
     /// `STATE_*` bits.
     pub state: u32,
-    /// Tick of the datapath's clock when `last_seen` was last looked at.
-    pub tick: u32,
+    /// Low half of the tick of the datapath's clock when `last_seen` was last looked at.
+    pub tick: u16,
+    /// Low half of the index of the interface of the pod that made it.
+    pub pod: u16,
     /// IP packets from the pod.
     pub tx_packets: u64,
     /// IP bytes from the pod, as on the wire: headers counted for each segment of a GSO packet.

@@ -21,4 +21,5 @@ pub mod parse;
 pub mod tables;
 #[cfg(feature = "testing")]
 pub mod testing;
+pub mod usage;
 pub mod verdict;

@@ -47,6 +47,9 @@ pub trait Packet {
     /// Length of the packet, Ethernet header included.
     fn length(&self) -> u32;
 
+    /// Index of the interface.
+    fn interface(&self) -> u32;
+
     /// Transport payload of each segment of a GSO packet, 0 for other packets.
     fn gso_size(&self) -> u32;
 

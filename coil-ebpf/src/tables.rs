@@ -4,13 +4,16 @@
 //! that are counted are handles, so that an entry is looked up once a packet.
 
 use coil_common::{
+    config::Config,
     stats::{Direction, GatewayStat},
     values::{EgressValue, FlowValue, FragmentValue, GatewayValue},
 };
 
 use crate::{
+    decide::open::{How, Shape, Work},
     encap::Encap,
     family::Family,
+    flow::Flow,
     notes::{Affinities, Inbounds},
 };
 
@@ -75,6 +78,10 @@ pub trait NodeTables<F: Family>: Clock + Fragments<F> + Affinities<F> + Inbounds
     fn flow(&self, key: &F::KeyWords) -> Option<Self::Flow>;
     /// Its contents; counters may be torn.
     fn flow_value(&self, flow: Self::Flow) -> FlowValue;
+    /// A count of `pod_usage`. It may be below zero for a moment, while user space corrects it.
+    fn pod_usage(&self, cell: u32) -> i64;
+    /// Adds one to it.
+    fn pod_uses_more(&self, cell: u32);
     /// Adds a flow, or replaces it with fresh counters.
     ///
     /// # Errors
@@ -118,10 +125,8 @@ pub struct Translation<F: Family> {
 pub trait Ports<F: Family> {
     /// The address that the world sees.
     fn address(&self) -> F::Addr;
-    /// First and last port that may be used.
-    fn range(&self) -> (u16, u16);
-    /// The port must not be used although it is inside the range.
-    fn is_excluded(&self, port: u16) -> bool;
+    /// First and last port, or identifier of ICMP echo, that may be used.
+    fn range(&self, identifiers: bool) -> (u16, u16);
 }
 
 /// What a gateway knows.
@@ -155,6 +160,58 @@ pub trait NatTables<F: Family>: Clock + Fragments<F> {
     fn restart(&self, entry: Self::Entry);
     /// Notes by what the client's packets come.
     fn set_encap(&self, entry: Self::Entry, encap: Encap);
+    /// Adds a forward entry to a reverse one that has lost its own: it is no news to anybody.
+    ///
+    /// # Errors
+    ///
+    /// [`Full`] if the table has no room.
+    fn restore_forward(&self, key: &F::KeyWords, value: &F::Nat) -> Result<(), Full>;
+    /// Removes a forward entry.
+    fn remove_forward(&self, key: &F::KeyWords);
+    /// Forgets some `STATE_*` bits of an entry.
+    fn retract(&self, entry: Self::Entry, bits: u32);
+    /// Gives a reverse entry to another port of the same client, as if it were new.
+    fn reown(&self, entry: Self::Entry, port: [u8; 2], now: u32);
+    /// The port must not be used although it is inside the range.
+    fn is_excluded(&self, udp: bool, port: u16) -> bool;
+    /// A count of `gateway_usage`. It may be below zero for a moment, while user space corrects it.
+    fn usage(&self, cell: u32) -> i64;
+    /// Adds one to it.
+    fn use_more(&self, cell: u32);
+    /// A note of `full_remotes`.
+    fn full_remote(&self, index: u32) -> u64;
+    /// Writes one.
+    fn set_full_remote(&self, index: u32, note: u64);
+    /// Counts a new flow, or one in vain, by the number of ports that were tried.
+    fn count_probes(&self, tries: u32);
+    /// Keeps a flow for [`NatTables::attend`].
+    fn ask(&self, flow: &Flow<F>);
+    /// Looks after the translation of the flow that was asked about last: see
+    /// [`open::attend`](crate::decide::open::attend).
+    ///
+    /// # Errors
+    ///
+    /// The index of the reason why there is none.
+    fn attend(&self, shape: Shape, config: &Config) -> Result<(), u32>;
+    /// A step of [`NatTables::attend`]: see [`open::look_after`](crate::decide::open::look_after). A method,
+    /// as those that follow, so that a kernel program can keep it in a function of its own.
+    fn look_after(&self, work: &mut Work<F>, shape: Shape, config: &Config) -> u32;
+    /// The same for [`open::refusal`](crate::decide::open::refusal).
+    fn refusal(&self, work: &mut Work<F>, shape: Shape, config: &Config) -> u32;
+    /// The same for [`open::search`](crate::decide::open::search).
+    fn search(&self, work: &mut Work<F>, shape: Shape, refusal: u32, config: &Config) -> u32;
+    /// The same for [`open::settle`](crate::decide::open::settle).
+    fn settle(&self, work: &mut Work<F>, shape: Shape, found: u32, config: &Config) -> u32;
+    /// The same for [`open::take_over`](crate::decide::open::take_over).
+    fn take_over(&self, work: &mut Work<F>, port: u16, config: &Config) -> u32;
+    /// The same for [`open::in_vain`](crate::decide::open::in_vain).
+    fn in_vain(&self, work: &mut Work<F>, shape: Shape, refusal: u32, config: &Config) -> u32;
+    /// Tries a port for a new flow: see [`open::probe`](crate::decide::open::probe). A method so that a
+    /// kernel program can keep it in a function that the verifier looks at once, not for each try.
+    fn probe(&self, work: &mut Work<F>, how: How) -> u32;
+    /// Rebuilds the forward half of a reply if it is gone: see
+    /// [`open::mend`](crate::decide::open::mend), and [`NatTables::probe`].
+    fn mend(&self, flow: &Flow<F>, now: u32);
     /// Counts a packet of an entry.
     fn count_entry(&self, entry: Self::Entry, tally: &Tally);
     /// Counts a packet of an entry that one before it in the same tick has brought up to date.

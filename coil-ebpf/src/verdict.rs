@@ -10,6 +10,7 @@ use coil_common::{
 };
 
 use crate::{
+    decide::gateway::Attention,
     encap::Encap,
     family::Family,
     flow::{AUTO_PORT_FIRST, AUTO_PORTS, Hash},
@@ -32,6 +33,8 @@ pub enum Verdict<A> {
     /// has noted a datagram of which this is the first fragment, and the packet is decided again with
     /// [`Rewrite::noted`] set.
     Fragment,
+    /// A gateway must look after its translation, and then decide again with [`Rewrite::attended`] set.
+    Attend(Attention),
     /// It is an ICMP message other than echo: [`decide::icmp`](crate::decide::icmp) decides.
     Icmp,
 }
@@ -45,6 +48,7 @@ impl<A> Verdict<A> {
             Self::Rewrite(account) => Verdict::Rewrite(counted(account)),
             Self::Refuse(refusal) => Verdict::Refuse(refusal),
             Self::Fragment => Verdict::Fragment,
+            Self::Attend(attention) => Verdict::Attend(attention),
             Self::Icmp => Verdict::Icmp,
         }
     }
@@ -86,6 +90,8 @@ pub struct Rewrite<F: Family> {
     pub way: Way,
     /// For whoever decides: should this be the first fragment of a datagram, that has been noted.
     pub noted: bool,
+    /// For whoever decides: the translation has been looked after.
+    pub attended: bool,
 }
 
 /// A change of an IP header.
@@ -159,6 +165,7 @@ impl<F: Family> Rewrite<F> {
             cut: false,
             way: Way::On,
             noted: false,
+            attended: false,
         }
     }
 

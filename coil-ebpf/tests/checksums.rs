@@ -5,6 +5,7 @@
 
 use std::net::IpAddr;
 
+use coil_common::config::Config;
 use coil_ebpf::{
     csum,
     encap::Encap,
@@ -107,7 +108,7 @@ fn write(bytes: &mut [u8], at: usize, value: &[u8]) {
 /// Translates the quote, and returns it with the change that is said to be the ICMP checksum's.
 fn translate<F: Quoted>(case: &Case, quoted: &[u8], addr: F::Addr) -> (Vec<u8>, u32, QuoteEdit<F>) {
     let mut packet = Memory::new(quoted.to_vec());
-    let quote = quote::parse::<F, _>(&mut packet, 0, quoted.len()).unwrap();
+    let quote = quote::parse::<F, _>(&mut packet, 0, quoted.len(), &Config::default()).unwrap();
     let to = Translation::<F> {
         addr,
         port: case.to.1.to_be_bytes(),

@@ -96,9 +96,8 @@ pub fn config() -> Config {
         fou_port: FOU.to_be_bytes(),
         nat_port_first: 1024,
         nat_port_last: 64_511,
-        nat_port_excluded: [FOU, 8080, 8081, 0, 0],
+        nat_id_last: u16::MAX,
         mtu: 1500,
-        flags: 0,
         seed: 1,
         ..Config::default()
     }

@@ -12,7 +12,7 @@ use super::loader::{LoadError, Loaded};
 use super::maps::{MapAccessError, absent_is_fine};
 use super::stats::MapFill;
 use super::sys::{Cursor, lookup_batch};
-use super::timeouts::{expired, timeout};
+use super::timeouts::{Timeouts, expired};
 
 /// Entries read at a time.
 const SLICE: usize = 4096;
@@ -24,13 +24,13 @@ trait Flow: Pod + aya::Pod {
 
 impl Flow for FlowKey4 {
     fn timeout(&self, state: u32) -> u32 {
-        timeout(self.protocol, u16::from_be_bytes(self.src_port), state)
+        Timeouts::default().of(self.protocol, u16::from_be_bytes(self.src_port), state, false)
     }
 }
 
 impl Flow for FlowKey6 {
     fn timeout(&self, state: u32) -> u32 {
-        timeout(self.protocol, u16::from_be_bytes(self.src_port), state)
+        Timeouts::default().of(self.protocol, u16::from_be_bytes(self.src_port), state, false)
     }
 }
 

@@ -27,6 +27,7 @@ mod sweep;
 mod sys;
 pub mod timeouts;
 mod tunnel;
+mod usage;
 mod writer;
 
 /// What the gateway's side shares.
@@ -46,6 +47,9 @@ pub(crate) mod internal {
         DropCounters, DropFamilies, counter, counters, descriptions, gather, gauge, gauges, open_pinned,
     };
     pub(crate) use super::sys::{Cursor, ObjectKind, link_info, lookup_batch, object_get};
+    #[cfg(test)]
+    pub(crate) use super::usage::fake::FakeUsage;
+    pub(crate) use super::usage::{Recount, SharedUsage, Usage};
 }
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -54,7 +58,7 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 use std::path::PathBuf;
 
 use aya::programs::{ProgramFd, ProgramInfo};
-use coil_common::config::{CONFIG_NEAR, CONFIG_SHORTCUT, Config};
+use coil_common::config::{CONFIG_ADDRESS_ONLY, CONFIG_NEAR, CONFIG_SHORTCUT, Config};
 use coil_common::names;
 use ipnet::IpNet;
 use nix::time::{ClockId, clock_gettime};
@@ -66,6 +70,7 @@ use self::pins::{IfUnmounted, PinFolder};
 use self::pod_names::PodNames;
 use self::stats::{FlowCounts, MapFill, NodeCollector};
 use self::sweep::FlowSweeper;
+use self::timeouts::Timeouts;
 use self::writer::Writer;
 use crate::desired::{DesiredState, EgressName, PodUid};
 
@@ -100,6 +105,12 @@ pub struct NodeOptions {
     pub icmp: IcmpLimit,
     /// Tunnelled packets of flows that were answered go past the node's IP stack.
     pub shortcut: bool,
+    /// Flows of one family that a pod may have; 0 for no limit.
+    pub max_pod_flows: u32,
+    /// Protocols without ports go through an Egress too.
+    pub address_only: bool,
+    /// How long idle flows are kept.
+    pub timeouts: Timeouts,
 }
 
 /// What [`Datapath::apply`] did.
@@ -167,6 +178,9 @@ pub enum DatapathError {
     /// A program cannot be attached or detached.
     #[error(transparent)]
     Attach(#[from] AttachError),
+    /// The ports of a gateway cannot be told apart.
+    #[error(transparent)]
+    Ports(#[from] crate::gateway::ports::PortKeeperError),
     /// The system lacks something.
     #[error("cannot read {what}")]
     System {
@@ -184,7 +198,7 @@ impl DatapathError {
     pub fn is_permanent(&self) -> bool {
         match self {
             Self::Load(_) | Self::Pin(_) | Self::System { .. } => true,
-            Self::Map(_) | Self::Attach(_) => false,
+            Self::Map(_) | Self::Attach(_) | Self::Ports(_) => false,
         }
     }
 }
@@ -263,8 +277,11 @@ impl NodeDatapath {
             node_ipv4,
             node_ipv6,
             max_flows,
+            max_pod_flows,
+            address_only,
             icmp,
             shortcut,
+            timeouts,
         } = options;
         let folder = PinFolder::open(&bpffs_root, IfUnmounted::Refuse)?;
         let lock = folder.lock()?;
@@ -272,8 +289,9 @@ impl NodeDatapath {
             ipv4: node_ipv4.map_or([0; 4], |address| address.octets()),
             ipv6: node_ipv6.map_or([0; 16], |address| address.octets()),
             fou_port: fou_port.to_be_bytes(),
-            flags: if shortcut { CONFIG_SHORTCUT } else { 0 },
             seed: boot_seed()?,
+            flags: (u32::from(shortcut) * CONFIG_SHORTCUT) | (u32::from(address_only) * CONFIG_ADDRESS_ONLY),
+            pod_flows: max_pod_flows,
             ..Config::default()
         };
         icmp.apply(&mut config);
@@ -292,7 +310,7 @@ impl NodeDatapath {
         ];
         let programs = PodPrograms::new(folder.links()?, programs, mode);
         let flows = FlowCounts::default();
-        let sweeper = FlowSweeper::new(&mut loaded, flows.clone())?;
+        let sweeper = FlowSweeper::new(&mut loaded, timeouts, config.seed, flows.clone())?;
         let capacities: Vec<_> = names::NODE_MAPS
             .iter()
             .filter(|map| {

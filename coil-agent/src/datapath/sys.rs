@@ -6,6 +6,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
+use std::sync::atomic::AtomicI64;
 
 use bytemuck::{Pod, Zeroable};
 
@@ -311,6 +312,55 @@ pub(super) fn lookup_batch_bytes(
             },
         }
         return Ok(usize::try_from(attribute.count).unwrap_or(0).min(count));
+    }
+}
+
+/// An array of double words that the kernel's programs and we have in common.
+#[derive(Debug)]
+pub(crate) struct SharedMemory {
+    start: std::ptr::NonNull<AtomicI64>,
+    words: usize,
+}
+
+// SAFETY: the memory stays mapped as long as this value lives, and is only reached through atomics.
+unsafe impl Send for SharedMemory {}
+// SAFETY: as above.
+unsafe impl Sync for SharedMemory {}
+
+impl SharedMemory {
+    /// Maps an array map with values of eight bytes and the flag `BPF_F_MMAPABLE`.
+    pub(crate) fn new(map: impl AsFd, words: usize) -> io::Result<Self> {
+        // SAFETY: asks for new memory, nothing that exists is touched.
+        let start = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                words * size_of::<AtomicI64>(),
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_SHARED,
+                map.as_fd().as_raw_fd(),
+                0,
+            )
+        };
+        if start == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        let start = std::ptr::NonNull::new(start.cast()).ok_or(io::ErrorKind::InvalidData)?;
+        Ok(Self { start, words })
+    }
+
+    /// The double words.
+    pub(crate) fn words(&self) -> &[AtomicI64] {
+        // SAFETY: so many words are mapped and aligned to a page, and everybody changes them atomically.
+        unsafe { std::slice::from_raw_parts(self.start.as_ptr(), self.words) }
+    }
+}
+
+impl Drop for SharedMemory {
+    fn drop(&mut self) {
+        // SAFETY: what `new` has mapped, and nobody has a reference any more.
+        if unsafe { libc::munmap(self.start.as_ptr().cast(), self.words * size_of::<AtomicI64>()) } != 0 {
+            tracing::debug!("cannot unmap an array");
+        }
     }
 }
 

@@ -1,57 +1,132 @@
 //! How long an idle flow is kept, by protocol and state.
 //!
-//! Pure. The gateway's times are those of RFC 5382, 4787, 5508 and 7857, shortened where others have
-//! shortened them too; a client node keeps a flow a little longer than its gateway, so that a flow that
-//! the gateway still knows never changes its gateway.
+//! Pure. The times are those of RFC 5382, 4787, 5508 and 7857, shortened where others have shortened
+//! them too; a client node keeps a flow a little longer than its gateway, so that a flow that the
+//! gateway still knows never changes its gateway.
 
 use coil_common::values::{
     STATE_CONFIRMED, STATE_FIN, STATE_REPLY, STATE_REPLY_FIN, STATE_REPLY_RST, STATE_RST,
 };
 
+const ICMP: u8 = libc::IPPROTO_ICMP as u8;
+const ICMPV6: u8 = libc::IPPROTO_ICMPV6 as u8;
 const TCP: u8 = libc::IPPROTO_TCP as u8;
 const UDP: u8 = libc::IPPROTO_UDP as u8;
 const DNS: u16 = 53;
 
-/// TCP that has not got beyond its opening packets.
-pub const TCP_OPENING: u32 = 30;
-/// The same while the table is nearly full: a flood of opening packets must not keep others out.
-pub const TCP_OPENING_PRESSED: u32 = 10;
-/// Established TCP: two hours and four minutes.
-pub const TCP_ESTABLISHED: u32 = 7440;
-/// TCP of which one side has finished.
-pub const TCP_CLOSING: u32 = 120;
-/// TCP of which both sides have finished.
-pub const TCP_CLOSED: u32 = 60;
-/// TCP that was reset.
-pub const TCP_RESET: u32 = 10;
-/// UDP from one side only.
-pub const UDP_ONE_WAY: u32 = 120;
-/// UDP from both sides.
-pub const UDP_BOTH_WAYS: u32 = 300;
-/// UDP to the port of DNS.
-pub const UDP_DNS: u32 = 30;
-/// ICMP echo and whatever else.
-pub const OTHER: u32 = 60;
+/// The longest time-out that can be asked for: a week.
+const LONGEST: i64 = 7 * 86_400;
 
 /// What a client node adds to its gateway's times.
 pub const NODE_EXTRA: u32 = 30;
 
-/// Seconds that a flow without packets is kept. `state` are the `STATE_*` bits of both directions
-/// together, `port` is the destination port as the initiator sends.
-#[must_use]
-pub fn timeout(protocol: u8, port: u16, state: u32) -> u32 {
-    let has = |bits| state & bits != 0;
-    match protocol {
-        TCP if has(STATE_RST | STATE_REPLY_RST) => TCP_RESET,
-        TCP if has(STATE_FIN) && has(STATE_REPLY_FIN) => TCP_CLOSED,
-        TCP if has(STATE_FIN | STATE_REPLY_FIN) => TCP_CLOSING,
-        TCP if has(STATE_REPLY) && has(STATE_CONFIRMED) => TCP_ESTABLISHED,
-        TCP => TCP_OPENING,
-        UDP if port == DNS => UDP_DNS,
-        UDP if has(STATE_REPLY) => UDP_BOTH_WAYS,
-        UDP => UDP_ONE_WAY,
-        _ => OTHER,
+/// Seconds that flows without packets are kept.
+#[derive(clap::Args, Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Timeouts {
+    /// Seconds that an idle TCP connection is kept which has not got beyond its opening packets.
+    #[arg(id = "timeout_tcp_opening", long = "timeout-tcp-opening", env = "COIL_TIMEOUT_TCP_OPENING",
+          value_name = "SECONDS", default_value_t = 30, value_parser = seconds())]
+    pub tcp_opening: u32,
+    /// The same while more than four fifths of the table are in use.
+    #[arg(id = "timeout_tcp_opening_pressed", long = "timeout-tcp-opening-pressed",
+          env = "COIL_TIMEOUT_TCP_OPENING_PRESSED", value_name = "SECONDS", default_value_t = 10,
+          value_parser = seconds())]
+    pub tcp_opening_pressed: u32,
+    /// Seconds that an idle established TCP connection is kept.
+    #[arg(id = "timeout_tcp_established", long = "timeout-tcp-established",
+          env = "COIL_TIMEOUT_TCP_ESTABLISHED", value_name = "SECONDS", default_value_t = 7440,
+          value_parser = seconds())]
+    pub tcp_established: u32,
+    /// Seconds that an idle TCP connection is kept of which one side has finished.
+    #[arg(id = "timeout_tcp_closing", long = "timeout-tcp-closing", env = "COIL_TIMEOUT_TCP_CLOSING",
+          value_name = "SECONDS", default_value_t = 120, value_parser = seconds())]
+    pub tcp_closing: u32,
+    /// Seconds that the port of a TCP connection is held which both sides have finished.
+    #[arg(id = "timeout_tcp_closed", long = "timeout-tcp-closed", env = "COIL_TIMEOUT_TCP_CLOSED",
+          value_name = "SECONDS", default_value_t = 60, value_parser = seconds())]
+    pub tcp_closed: u32,
+    /// Seconds that the port of a TCP connection is held which was reset.
+    #[arg(id = "timeout_tcp_reset", long = "timeout-tcp-reset", env = "COIL_TIMEOUT_TCP_RESET",
+          value_name = "SECONDS", default_value_t = 10, value_parser = seconds())]
+    pub tcp_reset: u32,
+    /// Seconds that an idle UDP flow is kept which nobody has answered.
+    #[arg(id = "timeout_udp", long = "timeout-udp", env = "COIL_TIMEOUT_UDP", value_name = "SECONDS",
+          default_value_t = 120, value_parser = seconds())]
+    pub udp: u32,
+    /// Seconds that an idle UDP flow is kept which was answered.
+    #[arg(id = "timeout_udp_stream", long = "timeout-udp-stream", env = "COIL_TIMEOUT_UDP_STREAM",
+          value_name = "SECONDS", default_value_t = 300, value_parser = seconds())]
+    pub udp_stream: u32,
+    /// Seconds that an idle UDP flow to port 53 is kept.
+    #[arg(id = "timeout_udp_dns", long = "timeout-udp-dns", env = "COIL_TIMEOUT_UDP_DNS",
+          value_name = "SECONDS", default_value_t = 30, value_parser = seconds())]
+    pub udp_dns: u32,
+    /// Seconds that an idle ICMP echo is kept.
+    #[arg(id = "timeout_icmp", long = "timeout-icmp", env = "COIL_TIMEOUT_ICMP", value_name = "SECONDS",
+          default_value_t = 60, value_parser = seconds())]
+    pub icmp: u32,
+    /// Seconds that an idle flow of any other protocol is kept.
+    #[arg(id = "timeout_other", long = "timeout-other", env = "COIL_TIMEOUT_OTHER", value_name = "SECONDS",
+          default_value_t = 600, value_parser = seconds())]
+    pub other: u32,
+}
+
+fn seconds() -> clap::builder::RangedI64ValueParser<u32> {
+    clap::value_parser!(u32).range(1..=LONGEST)
+}
+
+impl Default for Timeouts {
+    fn default() -> Self {
+        Self {
+            tcp_opening: 30,
+            tcp_opening_pressed: 10,
+            tcp_established: 7440,
+            tcp_closing: 120,
+            tcp_closed: 60,
+            tcp_reset: 10,
+            udp: 120,
+            udp_stream: 300,
+            udp_dns: 30,
+            icmp: 60,
+            other: 600,
+        }
     }
+}
+
+impl Timeouts {
+    /// Seconds that a flow without packets is kept. `state` are the `STATE_*` bits of both directions
+    /// together, `port` is the destination port as the initiator sends; `pressed` says that the table
+    /// is nearly full.
+    #[must_use]
+    pub fn of(&self, protocol: u8, port: u16, state: u32, pressed: bool) -> u32 {
+        let has = |bits| state & bits != 0;
+        match protocol {
+            TCP if has(STATE_RST | STATE_REPLY_RST) => self.tcp_reset,
+            TCP if has(STATE_FIN) && has(STATE_REPLY_FIN) => self.tcp_closed,
+            TCP if has(STATE_FIN | STATE_REPLY_FIN) => self.tcp_closing,
+            TCP if has(STATE_REPLY) && has(STATE_CONFIRMED) => self.tcp_established,
+            // A flood of opening packets must not keep others out.
+            TCP if pressed => self.tcp_opening_pressed.min(self.tcp_opening),
+            TCP => self.tcp_opening,
+            UDP if port == DNS => self.udp_dns,
+            UDP if has(STATE_REPLY) => self.udp_stream,
+            UDP => self.udp,
+            ICMP | ICMPV6 => self.icmp,
+            _ => self.other,
+        }
+    }
+
+    /// The same with what a client node adds.
+    #[must_use]
+    pub fn of_node(&self, protocol: u8, port: u16, state: u32, pressed: bool) -> u32 {
+        self.of(protocol, port, state, pressed).saturating_add(NODE_EXTRA)
+    }
+}
+
+/// So much of a table is in use that opening packets are forgotten sooner: more than four fifths.
+#[must_use]
+pub fn is_pressed(entries: u64, capacity: u64) -> bool {
+    entries.saturating_mul(5) > capacity.saturating_mul(4)
 }
 
 /// Whether a flow last seen at `last_seen` has expired at `now`, both in seconds since boot.
@@ -63,29 +138,42 @@ pub fn expired(now: u32, last_seen: u32, timeout: u32) -> bool {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests")]
+
+    use clap::{CommandFactory, Parser};
     use coil_common::values::STATE_SYN;
 
     use super::*;
 
+    #[derive(Parser)]
+    struct Command {
+        #[command(flatten)]
+        timeouts: Timeouts,
+    }
+
     #[test]
     fn states_have_their_times() {
         let open = STATE_SYN | STATE_REPLY | STATE_CONFIRMED;
-        for (protocol, port, state, seconds) in [
-            (TCP, 443, STATE_SYN, TCP_OPENING),
-            (TCP, 443, STATE_SYN | STATE_REPLY, TCP_OPENING),
-            (TCP, 443, open, TCP_ESTABLISHED),
-            (TCP, 443, open | STATE_FIN, TCP_CLOSING),
-            (TCP, 443, open | STATE_REPLY_FIN, TCP_CLOSING),
-            (TCP, 443, open | STATE_FIN | STATE_REPLY_FIN, TCP_CLOSED),
-            (TCP, 443, open | STATE_RST, TCP_RESET),
-            (TCP, 443, STATE_SYN | STATE_REPLY | STATE_REPLY_RST, TCP_RESET),
-            (UDP, 443, 0, UDP_ONE_WAY),
-            (UDP, 443, STATE_REPLY, UDP_BOTH_WAYS),
-            (UDP, 53, STATE_REPLY, UDP_DNS),
-            (1, 0, STATE_REPLY, OTHER),
-            (58, 53, 0, OTHER),
+        for (protocol, port, state, pressed, seconds) in [
+            (TCP, 443, STATE_SYN, false, 30),
+            (TCP, 443, STATE_SYN, true, 10),
+            (TCP, 443, STATE_SYN | STATE_REPLY, false, 30),
+            (TCP, 443, open, true, 7440),
+            (TCP, 443, open | STATE_FIN, false, 120),
+            (TCP, 443, open | STATE_REPLY_FIN, true, 120),
+            (TCP, 443, open | STATE_FIN | STATE_REPLY_FIN, false, 60),
+            (TCP, 443, open | STATE_RST, false, 10),
+            (TCP, 443, STATE_SYN | STATE_REPLY | STATE_REPLY_RST, false, 10),
+            (UDP, 443, 0, true, 120),
+            (UDP, 443, STATE_REPLY, false, 300),
+            (UDP, 53, STATE_REPLY, false, 30),
+            (ICMP, 0, STATE_REPLY, false, 60),
+            (ICMPV6, 53, 0, false, 60),
+            (132, 0, STATE_REPLY, false, 600),
         ] {
-            assert_eq!(timeout(protocol, port, state), seconds, "{protocol} {port} {state:#x}");
+            let timeouts = Timeouts::default();
+            assert_eq!(timeouts.of(protocol, port, state, pressed), seconds, "{protocol} {port} {state:#x}");
+            assert_eq!(timeouts.of_node(protocol, port, state, pressed), seconds + NODE_EXTRA);
         }
     }
 
@@ -94,5 +182,33 @@ mod tests {
         assert!(!expired(129, 100, 30));
         assert!(expired(130, 100, 30));
         assert!(!expired(99, 100, 30));
+    }
+
+    #[test]
+    fn each_time_has_a_flag_with_default_unit_and_bounds() {
+        let parsed = Command::try_parse_from(["x"]).unwrap().timeouts;
+        assert_eq!(parsed, Timeouts::default());
+        let parsed = Command::try_parse_from(["x", "--timeout-udp=7", "--timeout-tcp-closed=1"]).unwrap();
+        assert_eq!(parsed.timeouts, Timeouts { udp: 7, tcp_closed: 1, ..Timeouts::default() });
+        for bad in ["--timeout-udp=0", "--timeout-udp=-1", "--timeout-icmp=604801", "--timeout-other=x"] {
+            assert!(Command::try_parse_from(["x", bad]).is_err(), "{bad}");
+        }
+        let command = Command::command();
+        let flags: Vec<_> =
+            command.get_arguments().filter(|argument| argument.get_long() != Some("help")).collect();
+        assert_eq!(flags.len(), 11);
+        for flag in flags {
+            assert!(
+                flag.get_env().is_some()
+                    && flag.get_help().is_some()
+                    && !flag.get_default_values().is_empty()
+            );
+        }
+    }
+
+    #[test]
+    fn pressure_begins_beyond_four_fifths() {
+        assert!(!is_pressed(80, 100));
+        assert!(is_pressed(81, 100));
     }
 }

@@ -20,10 +20,13 @@ use super::args::Args;
 use super::census::Census;
 use super::clients::{ClientIndex, Input};
 use super::collect::NatCollector;
-use super::datapath::{ClientMaps, GatewayDatapath, GatewayOptions};
+use super::datapath::{ClientMaps, GatewayDatapath, GatewayOptions, Quotas, admitted};
 use super::drain::{self, Draining};
-use super::metrics::{GatewayCollector, Labels, Shared};
+use super::metrics::{GatewayCollector, Labels, Shared, Shares};
+use super::ports::PortKeeper;
 use super::{INTERFACE, ports, watch};
+use crate::args::OtherProtocols;
+use crate::datapath::internal::boot_seed;
 use crate::datapath::{DatapathError, MapAccessError, seconds_since_boot};
 use crate::netlink::{Netlink, RtNetlink};
 
@@ -36,9 +39,11 @@ const RETRY: Duration = Duration::from_secs(1);
 /// The allow-list is compared with the maps anew so often.
 const RESYNC: Duration = Duration::from_secs(300);
 /// Interval of the collector, and how many entries it looks at each time: a full table of the default
-/// size is walked through in about a quarter of a minute.
+/// size is walked through in four seconds.
 const COLLECT: Duration = Duration::from_secs(1);
-const SLICE: usize = 65_536;
+const SLICE: usize = 262_144;
+/// Interval at which the sockets of the pod are looked at.
+const PORTS: Duration = Duration::from_secs(2);
 /// Changes of the picture that may wait.
 const INPUTS: usize = 1024;
 
@@ -56,6 +61,13 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
         redirect_peer,
         icmp,
         drain_timeout,
+        nat_port_range,
+        nat_port_exclude,
+        nat_id_range,
+        nat_client_flows,
+        nat_client_ports,
+        other_protocols,
+        timeouts,
         pod_addresses,
         pod_namespace,
         egress_name,
@@ -74,8 +86,18 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
     let synced = readiness.blocker("pod-sync");
 
     // Before any connection of our own takes a port that translation may use.
-    let ports = ports::divide(&[fou_port, metrics_addr.port, health_addr.port])
-        .context("cannot find ports for translation")?;
+    let ports = ports::divide(&ports::Wanted {
+        range: nat_port_range,
+        identifiers: nat_id_range,
+        excluded: nat_port_exclude,
+        own: vec![fou_port, metrics_addr.port, health_addr.port],
+    })
+    .context("cannot find ports for translation")?;
+    let half = u32::try_from(ports.free(false).min(ports.free(true)) / 2)?;
+    let quotas = Quotas {
+        client_flows: nat_client_flows.unwrap_or((max_nat_entries / 4).max(1)),
+        client_ports: nat_client_ports.unwrap_or(half.max(1)),
+    };
     let client = kube_client::client(NAME).await?;
     let interface = RtNetlink::new()?
         .link_by_name(INTERFACE)
@@ -98,14 +120,18 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
         max_nat: max_nat_entries,
         redirect_peer: redirect_peer && has_peer,
         icmp,
+        quotas,
+        address_only: other_protocols == OtherProtocols::AddressOnly,
+        timeouts,
     };
     let datapath = tokio::task::spawn_blocking(move || GatewayDatapath::open(&options))
         .await?
         .context("cannot open the datapath")?;
-    let GatewayDatapath { clients, collector: nat, folder, loaded: _loaded } = datapath;
+    let GatewayDatapath { clients, collector: nat, ports, folder, loaded: _loaded } = datapath;
     let shared = Shared::default();
+    let shares = Shares { quotas, admit: admitted(max_nat_entries), seed: boot_seed()? };
     let labels = Labels { namespace: pod_namespace.clone(), egress: egress_name.clone(), pod: pod_name };
-    let collector = GatewayCollector::open(&folder, labels, shared.clone(), nat.capacity())?;
+    let collector = GatewayCollector::open(&folder, labels, shared.clone(), nat.capacity(), shares)?;
     registry.register(Box::new(collector))?;
 
     let mut tasks = Tasks::new()?;
@@ -125,6 +151,7 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
         until(drain, watch::egress(client.clone(), pod_namespace, egress_name, sender))
     });
     tasks.spawn("collector", |drain| until(drain, collect(nat, shared.clone())));
+    tasks.spawn("ports", |drain| until(drain, keep_ports(ports)));
     let timeout = Duration::from_secs(drain_timeout);
     tasks.run_lingering(DRAIN, async || drain::drain(draining, census, shared, timeout).await).await?;
     tracing::info!("ended; packets are forwarded as long as this pod has its network");
@@ -191,6 +218,29 @@ impl ClientKeeper {
             drop(self.synced.take());
         }
         Ok(())
+    }
+}
+
+/// Keeps the list of ports that translation does not use.
+async fn keep_ports(ports: PortKeeper) -> Result<(), DatapathError> {
+    let mut ports = Some(ports);
+    let mut interval = tokio::time::interval(PORTS);
+    interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        interval.tick().await;
+        let Some(mut taken) = ports.take() else { return Ok(()) };
+        // Fails only while the runtime shuts down.
+        let work = tokio::task::spawn_blocking(move || (taken.refresh(), taken));
+        let Ok((result, taken)) = work.await else { return Ok(()) };
+        match result {
+            Ok(0) => {}
+            Ok(changes) => tracing::debug!(changes, "changed the list of ports that are not used"),
+            Err(error) => {
+                let error = &error as &dyn std::error::Error;
+                tracing::warn!(error, "cannot update the list of ports that are not used");
+            }
+        }
+        ports = Some(taken);
     }
 }
 

@@ -9,7 +9,10 @@ use coil_common::names::{MAX_NAT, PIN_ROOT};
 use coil_runtime::admin::ListenAddr;
 use coil_runtime::telemetry::LogArgs;
 
+use super::ports::PortRange;
+use crate::args::OtherProtocols;
 use crate::datapath::IcmpLimit;
+use crate::datapath::timeouts::Timeouts;
 use crate::desired::named_folder;
 
 /// Translates the traffic of the clients of an Egress. Runs in the pods of its Deployment.
@@ -50,6 +53,32 @@ pub struct Args {
     /// terminationGracePeriodSeconds. A second signal ends at once.
     #[arg(long, env = "COIL_DRAIN_TIMEOUT", default_value_t = 20)]
     pub drain_timeout: u64,
+    /// Ports that translation may use, as FIRST-LAST: from 1024 up to the ports of this pod's own
+    /// connections by default. Those, and what sockets of this pod have, are never used.
+    #[arg(long, env = "COIL_NAT_PORT_RANGE", value_name = "PORTS")]
+    pub nat_port_range: Option<PortRange>,
+    /// Further ports that translation must not use, as a list of FIRST-LAST (NodePorts, where the
+    /// address is a node's).
+    #[arg(long, env = "COIL_NAT_PORT_EXCLUDE", value_name = "PORTS,...", value_delimiter = ',')]
+    pub nat_port_exclude: Vec<PortRange>,
+    /// Identifiers that translation may use for ICMP echo, as FIRST-LAST.
+    #[arg(long, env = "COIL_NAT_ID_RANGE", value_name = "IDENTIFIERS",
+          default_value_t = PortRange(0..=u16::MAX))]
+    pub nat_id_range: PortRange,
+    /// Translations of one family that a client may have at a time; 0 for no limit, a quarter of
+    /// --max-nat-entries by default.
+    #[arg(long, env = "COIL_NAT_CLIENT_FLOWS", value_name = "TRANSLATIONS")]
+    pub nat_client_flows: Option<u32>,
+    /// Translations that a client may have at a time to one address and port of the world; 0 for no
+    /// limit, half of the ports by default.
+    #[arg(long, env = "COIL_NAT_CLIENT_PORTS", value_name = "TRANSLATIONS")]
+    pub nat_client_ports: Option<u32>,
+    /// What happens to IP protocols other than TCP, UDP and ICMP.
+    #[arg(long, env = "COIL_OTHER_PROTOCOLS", value_enum, default_value_t = OtherProtocols::Drop)]
+    pub other_protocols: OtherProtocols,
+    /// How long idle translations are kept.
+    #[command(flatten)]
+    pub timeouts: Timeouts,
     /// Addresses of this pod, separated by commas (status.podIPs).
     #[arg(long, env = "COIL_POD_ADDRESSES")]
     pub pod_addresses: PodAddresses,
@@ -145,6 +174,11 @@ mod tests {
         assert!(parse(&["--enable-sport-auto"]).enable_sport_auto);
         assert!(args.drain_timeout < 30, "the pod's grace unless somebody says otherwise");
         assert!(!parse(&[]).enable_sport_auto);
+        let ranges = parse(&["--nat-port-range=2000-2999", "--nat-port-exclude=2100,2200-2300"]);
+        assert_eq!(ranges.nat_port_range, Some(PortRange(2000..=2999)));
+        assert_eq!(ranges.nat_port_exclude, [PortRange(2100..=2100), PortRange(2200..=2300)]);
+        assert_eq!(parse(&["--other-protocols=address-only"]).other_protocols, OtherProtocols::AddressOnly);
+        assert_eq!(parse(&[]).timeouts, Timeouts::default());
         assert_eq!(parse(&["--pod-uid=aa-bb"]).pin_name(), "aa-bb");
         assert_eq!(parse(&["--pod-uid=../x"]).pin_name(), "internet_nat-abc");
     }

@@ -1,21 +1,28 @@
 //! The collector of translations that have expired.
 //!
-//! Walks through the reverse table, which owns the ports, and joins each entry with its forward half;
-//! then through the forward table for halves that are left over. Both halves are read again before
-//! they are removed, and the forward half goes first: as long as the owner stands, nobody else gets
-//! the port that the forward half would still send from.
+//! Walks through the forward table and notes each half in little room, then through the reverse table,
+//! which owns the ports, and joins each entry with the note of its other half: so a walk reads each
+//! entry once, in batches. Only where a translation seems to have expired are both halves looked up
+//! again and then removed, the forward half first: as long as the owner stands, nobody else gets the
+//! port that the forward half would still send from. Forward halves whose owner was not met are looked
+//! at in a third pass, if there are any.
+//!
+//! The walk also counts what each client has, and puts the counts right that the datapath keeps.
 
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
+use std::hash::{BuildHasherDefault, Hasher};
 use std::marker::PhantomData;
 
+use coil_common::names::MAP_GATEWAY_USAGE;
+
 use super::nat::{Facts, Half, NatFamily, NatMaps, NatStore, V4, V6};
-use crate::datapath::internal::{Cursor, Loaded};
-use crate::datapath::timeouts::{TCP_OPENING, TCP_OPENING_PRESSED, TCP_RESET, expired, timeout};
+use crate::datapath::internal::{Cursor, Loaded, Recount, SharedUsage, Usage};
+use crate::datapath::timeouts::{Timeouts, expired, is_pressed};
 use crate::datapath::{LoadError, MapAccessError};
 
-const TCP: u32 = libc::IPPROTO_TCP.cast_unsigned();
-
-/// No translation expires earlier than this after its last packet.
-const SHORTEST: u32 = TCP_RESET;
+/// Entries that are read in one go.
+const BATCH: usize = 4096;
 
 /// What a collector has done since it was made.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -30,31 +37,99 @@ pub(crate) struct Totals {
     pub(crate) received_bytes: u64,
     /// Translations found by the last complete walk.
     pub(crate) entries: u64,
+    /// By how much counts of clients had been wrong, altogether.
+    pub(crate) corrected: u64,
     /// Seconds by which the oldest of them had been overdue, in the last complete walk.
     pub(crate) overdue: u32,
 }
 
-/// The collector of one family.
-pub(crate) struct Collector<F, S> {
-    store: S,
+/// A hasher of what is a hash already.
+#[derive(Clone, Copy, Debug, Default)]
+struct Same(u64);
+
+impl Hasher for Same {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+
+    fn write(&mut self, bytes: &[u8]) {
+        bytes.iter().for_each(|byte| self.0 = self.0.rotate_left(8) ^ u64::from(*byte));
+    }
+
+    fn write_u64(&mut self, value: u64) {
+        self.0 = value;
+    }
+}
+
+/// What is noted of a forward half.
+#[derive(Clone, Copy, Debug)]
+struct Note {
+    last_seen: u32,
+    state: u32,
+    met: bool,
+}
+
+/// Hash of a translation, the same for both of its halves: of the keys under which they are found.
+fn identity<K: bytemuck::Pod>(forward: &K, reverse: &K) -> u64 {
+    let mut hash = 0u64;
+    for key in [forward, reverse] {
+        let mut words = bytemuck::bytes_of(key).chunks_exact(4);
+        for word in words.by_ref() {
+            let word = word.try_into().map_or(0, u32::from_ne_bytes);
+            hash = coil_ebpf::family::mix(hash, word);
+        }
+    }
+    hash
+}
+
+/// Where a walk stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Pass {
+    /// Notes forward halves.
+    Note,
+    /// Joins reverse halves with them.
+    Join,
+    /// Looks at forward halves that nobody has met.
+    Rest,
+}
+
+/// What a collector goes by.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Rules {
     /// Translations that fit.
-    capacity: u64,
-    half: Half,
+    pub(crate) capacity: usize,
+    /// How long idle ones are kept.
+    pub(crate) timeouts: Timeouts,
+    /// Seed of the datapath's hashes.
+    pub(crate) seed: u32,
+}
+
+/// The collector of one family.
+pub(crate) struct Collector<F, S, U> {
+    store: S,
+    usage: U,
+    rules: Rules,
+    pass: Pass,
     cursor: Cursor,
+    notes: HashMap<u64, Note, BuildHasherDefault<Same>>,
+    recount: Recount,
     live: u64,
     overdue: u32,
     totals: Totals,
     family: PhantomData<F>,
 }
 
-impl<F: NatFamily, S: NatStore<F>> Collector<F, S> {
-    /// At the beginning of a walk through tables of this capacity.
-    pub(crate) fn new(store: S, capacity: usize) -> Self {
+impl<F: NatFamily, S: NatStore<F>, U: Usage> Collector<F, S, U> {
+    /// At the beginning of a walk.
+    pub(crate) fn new(store: S, usage: U, rules: Rules) -> Self {
         Self {
             store,
-            capacity: capacity as u64,
-            half: Half::Reverse,
+            usage,
+            rules,
+            pass: Pass::Note,
             cursor: Cursor::default(),
+            notes: HashMap::default(),
+            recount: Recount::default(),
             live: 0,
             overdue: 0,
             totals: Totals::default(),
@@ -71,48 +146,87 @@ impl<F: NatFamily, S: NatStore<F>> Collector<F, S> {
     pub(crate) fn sweep(&mut self, now: u32, budget: usize) -> Result<bool, S::Error> {
         let mut seen = 0;
         while seen < budget {
-            let slice = self.store.slice(self.half, &mut self.cursor, (budget - seen).min(4096))?;
+            if self.pass == Pass::Note && self.cursor.is_start() {
+                self.notes.clear();
+                self.recount.begin(now, &self.usage);
+            }
+            let half = if self.pass == Pass::Join { Half::Reverse } else { Half::Forward };
+            let slice = self.store.slice(half, &mut self.cursor, (budget - seen).min(BATCH))?;
             seen += slice.len().max(1);
             for (key, value) in slice {
-                match self.half {
-                    Half::Reverse => self.reverse(now, &key, &value)?,
-                    Half::Forward => self.forward(now, &key, &value)?,
+                match self.pass {
+                    Pass::Note => self.note(&key, &value),
+                    Pass::Join => self.join(now, &key, &value)?,
+                    Pass::Rest => self.rest(now, &key, &value)?,
                 }
             }
             if self.cursor.is_start() {
-                match self.half {
-                    Half::Reverse => self.half = Half::Forward,
-                    Half::Forward => {
-                        self.half = Half::Reverse;
-                        self.totals.entries = std::mem::take(&mut self.live);
-                        self.totals.overdue = std::mem::take(&mut self.overdue);
+                self.pass = match self.pass {
+                    Pass::Note => Pass::Join,
+                    Pass::Join if self.notes.values().any(|note| !note.met) => Pass::Rest,
+                    Pass::Join | Pass::Rest => {
+                        self.finish();
                         return Ok(true);
                     }
-                }
+                };
             }
         }
         Ok(false)
     }
 
-    fn reverse(&mut self, now: u32, key: &F::Key, value: &F::Value) -> Result<(), S::Error> {
-        let recent = !expired(now, F::facts(value).last_seen, SHORTEST);
-        if recent || self.due(now, key, Some(value), self.half_of(key, value)?.as_ref()).is_none() {
+    fn finish(&mut self) {
+        self.pass = Pass::Note;
+        // Room for a table that was full once is not kept for ever.
+        self.notes.clear();
+        self.notes.shrink_to(usize::try_from(self.live).unwrap_or(0));
+        let corrected = self.recount.finish(F::owns, &self.usage);
+        if corrected > 0 {
+            tracing::debug!(corrected, "put counts of translations right");
+        }
+        self.totals.corrected += corrected;
+        self.totals.entries = std::mem::take(&mut self.live);
+        self.totals.overdue = std::mem::take(&mut self.overdue);
+    }
+
+    fn note(&mut self, key: &F::Key, value: &F::Value) {
+        let facts = F::facts(value);
+        let note = Note { last_seen: facts.last_seen, state: facts.state, met: false };
+        self.notes.insert(identity(key, &F::reverse_key(key, value)), note);
+    }
+
+    fn join(&mut self, now: u32, key: &F::Key, value: &F::Value) -> Result<(), S::Error> {
+        let forward_key = F::forward_key(key, value);
+        let cells = F::cells(self.rules.seed, &forward_key);
+        let facts = F::facts(value);
+        self.recount.see(facts.created, &cells);
+        let mut other = Facts::default();
+        if let Entry::Occupied(mut entry) = self.notes.entry(identity(&forward_key, key)) {
+            let note = entry.get_mut();
+            note.met = true;
+            (other.last_seen, other.state) = (note.last_seen, note.state);
+        }
+        if self.late(now, key, facts, other).is_none() {
             self.live += 1;
             return Ok(());
         }
-        // A packet may have come since the slice was read, or the port may have another user.
+        // A packet may have come since the tables were read, or the port may have another user.
         let Some(value) = self.store.get(Half::Reverse, key)? else { return Ok(()) };
         let forward = self.half_of(key, &value)?;
-        let Some(late) = self.due(now, key, Some(&value), forward.as_ref()) else {
+        let other = forward.as_ref().map_or(Facts::default(), F::facts);
+        let Some(late) = self.late(now, key, F::facts(&value), other) else {
             self.live += 1;
             return Ok(());
         };
+        let forward_key = F::forward_key(key, &value);
         if forward.is_some() {
-            self.store.remove(Half::Forward, &F::forward_key(key, &value))?;
+            self.store.remove(Half::Forward, &forward_key)?;
         } else {
             self.totals.orphans += 1;
         }
         self.store.remove(Half::Reverse, key)?;
+        for cell in F::cells(self.rules.seed, &forward_key) {
+            self.usage.add(cell, -1);
+        }
         self.harvest(late, Some(value), forward);
         Ok(())
     }
@@ -124,8 +238,9 @@ impl<F: NatFamily, S: NatStore<F>> Collector<F, S> {
         Ok(forward.filter(|forward| F::reverse_key(&forward_key, forward) == *key))
     }
 
-    fn forward(&mut self, now: u32, key: &F::Key, value: &F::Value) -> Result<(), S::Error> {
-        if self.owner(key, value)? == Owner::Us {
+    fn rest(&mut self, now: u32, key: &F::Key, value: &F::Value) -> Result<(), S::Error> {
+        let met = self.notes.get(&identity(key, &F::reverse_key(key, value))).is_none_or(|note| note.met);
+        if met || self.owner(key, value)? == Owner::Us {
             return Ok(());
         }
         let Some(value) = self.store.get(Half::Forward, key)? else { return Ok(()) };
@@ -133,7 +248,7 @@ impl<F: NatFamily, S: NatStore<F>> Collector<F, S> {
         let late = match self.owner(key, &value)? {
             Owner::Us => None,
             // The datapath mends it if the client sends on, until it would have expired.
-            Owner::Nobody => self.due(now, &reverse_key, None, Some(&value)),
+            Owner::Nobody => self.late(now, &reverse_key, Facts::default(), F::facts(&value)),
             // Replies to this one would go to somebody else.
             Owner::Other => Some(0),
         };
@@ -156,27 +271,12 @@ impl<F: NatFamily, S: NatStore<F>> Collector<F, S> {
     }
 
     /// By how many seconds a translation has outlived its time; `None` if it has not.
-    fn due(
-        &self,
-        now: u32,
-        key: &F::Key,
-        reverse: Option<&F::Value>,
-        forward: Option<&F::Value>,
-    ) -> Option<u32> {
-        let facts = |value: Option<&F::Value>| value.map_or(Facts::default(), F::facts);
-        let (reverse, forward) = (facts(reverse), facts(forward));
+    fn late(&self, now: u32, key: &F::Key, reverse: Facts, forward: Facts) -> Option<u32> {
         let (protocol, port) = F::service(key);
         let last_seen = reverse.last_seen.max(forward.last_seen);
-        let timeout = match timeout(protocol, port, reverse.state | forward.state) {
-            TCP_OPENING if u32::from(protocol) == TCP && self.is_pressed() => TCP_OPENING_PRESSED,
-            timeout => timeout,
-        };
+        let pressed = is_pressed(self.totals.entries, self.rules.capacity as u64);
+        let timeout = self.rules.timeouts.of(protocol, port, reverse.state | forward.state, pressed);
         expired(now, last_seen, timeout).then(|| now - last_seen - timeout)
-    }
-
-    /// More than four fifths of the table were in use at the last walk.
-    fn is_pressed(&self) -> bool {
-        self.totals.entries.saturating_mul(5) > self.capacity.saturating_mul(4)
     }
 
     fn harvest(&mut self, late: u32, reverse: Option<F::Value>, forward: Option<F::Value>) {
@@ -190,22 +290,24 @@ impl<F: NatFamily, S: NatStore<F>> Collector<F, S> {
 
 /// The collectors of both families, in turn.
 pub struct NatCollector {
-    v4: Collector<V4, NatMaps<V4>>,
-    v6: Collector<V6, NatMaps<V6>>,
+    v4: Collector<V4, NatMaps<V4>, SharedUsage>,
+    v6: Collector<V6, NatMaps<V6>, SharedUsage>,
     second: bool,
     capacity: usize,
 }
 
 impl NatCollector {
     /// Takes the tables.
-    pub(crate) fn new(loaded: &mut Loaded) -> Result<Self, LoadError> {
+    pub(crate) fn new(loaded: &mut Loaded, timeouts: Timeouts, seed: u32) -> Result<Self, LoadError> {
         let (v4, v6) = (NatMaps::new(loaded)?, NatMaps::new(loaded)?);
-        let (capacity_v4, capacity_v6) = (v4.capacity(), v6.capacity());
+        let usage = |loaded: &Loaded| SharedUsage::new(loaded, MAP_GATEWAY_USAGE);
+        let rules = |capacity| Rules { capacity, timeouts, seed };
+        let (rules_v4, rules_v6) = (rules(v4.capacity()), rules(v6.capacity()));
         Ok(Self {
-            v4: Collector::new(v4, capacity_v4),
-            v6: Collector::new(v6, capacity_v6),
+            v4: Collector::new(v4, usage(loaded)?, rules_v4),
+            v6: Collector::new(v6, usage(loaded)?, rules_v6),
             second: false,
-            capacity: capacity_v4 + capacity_v6,
+            capacity: rules_v4.capacity + rules_v6.capacity,
         })
     }
 

@@ -1,11 +1,18 @@
 #![allow(clippy::unwrap_used, reason = "tests")]
 
 use coil_common::keys::FlowKey4;
+use coil_common::usage::{GATEWAY_USAGE, gateway_total};
 use coil_common::values::{NatValue4, STATE_CONFIRMED, STATE_FIN, STATE_REPLY, STATE_REPLY_FIN, STATE_SYN};
 
 use super::super::nat::fake::FakeNat;
 use super::*;
-use crate::datapath::timeouts::{TCP_CLOSED, TCP_ESTABLISHED, TCP_OPENING, TCP_OPENING_PRESSED, UDP_DNS};
+use crate::datapath::internal::FakeUsage;
+
+const TCP_OPENING: u32 = 30;
+const TCP_OPENING_PRESSED: u32 = 10;
+const TCP_ESTABLISHED: u32 = 7440;
+const TCP_CLOSED: u32 = 60;
+const UDP_DNS: u32 = 30;
 
 const CLIENT: [u8; 4] = [10, 0, 0, 1];
 const GATEWAY: [u8; 4] = [10, 9, 0, 1];
@@ -45,8 +52,13 @@ fn add(tables: &mut Tables, port: u16, remote_port: u16, protocol: u8, state: [u
     tables.reverse.insert(reverse_key, reverse);
 }
 
+fn collector(tables: Tables, capacity: usize) -> Collector<V4, Tables, FakeUsage> {
+    let rules = Rules { capacity, timeouts: Timeouts::default(), seed: 7 };
+    Collector::new(tables, FakeUsage::new(GATEWAY_USAGE), rules)
+}
+
 fn walk(tables: Tables, now: u32) -> (Tables, Totals) {
-    let mut collector = Collector::<V4, _>::new(tables, 100);
+    let mut collector = collector(tables, 100);
     while !collector.sweep(now, 1000).unwrap() {}
     (collector.store, collector.totals)
 }
@@ -101,7 +113,7 @@ fn halves_left_over_expire_by_what_they_know() {
     let lost = forward_key(2, 443, 6);
     let reverse = V4::reverse_key(&lost, &tables.forward[&lost]);
     tables.reverse.remove(&reverse);
-    let (tables, totals) = walk(tables, 1000 + SHORTEST);
+    let (tables, totals) = walk(tables, 1010);
     assert_eq!((tables.forward.len(), tables.reverse.len(), totals.orphans), (1, 1, 0));
     let (tables, totals) = walk(tables, 1000 + TCP_OPENING);
     assert_eq!((tables.forward.len(), tables.reverse.len(), totals.orphans), (0, 0, 2));
@@ -126,10 +138,54 @@ fn a_full_table_is_rid_of_opening_packets_sooner() {
         add(&mut tables, port * 2, 443, 6, [STATE_SYN, 0], [1000, 1000]);
     }
     add(&mut tables, 99, 53, 17, [0, 0], [1000, 1000]);
-    let mut collector = Collector::<V4, _>::new(tables, 6);
+    let mut collector = collector(tables, 6);
     let now = 1000 + TCP_OPENING_PRESSED;
     while !collector.sweep(now, 1000).unwrap() {}
     assert_eq!((collector.totals.entries, collector.totals.expired), (6, 0));
     while !collector.sweep(now, 1000).unwrap() {}
     assert_eq!((collector.totals.entries, collector.totals.expired), (1, 5));
+}
+
+#[test]
+fn counts_follow_what_is_removed_and_are_put_right() {
+    let mut tables = Tables::default();
+    add(&mut tables, 1, 443, 6, OPEN, [1000, 1000]);
+    add(&mut tables, 3, 443, 6, OPEN, [1000, 1000]);
+    add(&mut tables, 5, 53, 17, [0, 0], [1000, 1000]);
+    let mut collector = collector(tables, 100);
+    let cells = |port, remote, protocol| V4::cells(7, &forward_key(port, remote, protocol));
+    let (tcp, dns) = (cells(1, 443, 6), cells(5, 53, 17));
+    assert_eq!(tcp, cells(3, 443, 6));
+    let count = |collector: &Collector<V4, Tables, FakeUsage>, cell: u32| collector.usage.get(cell);
+    // Nobody has counted so far, as after an upgrade.
+    while !collector.sweep(1001, 1000).unwrap() {}
+    assert_eq!(count(&collector, gateway_total(0)), 3);
+    assert_eq!((count(&collector, tcp[1]), count(&collector, tcp[3]), count(&collector, dns[3])), (3, 2, 1));
+    assert_eq!(collector.totals.corrected, 3 + 2 * 3 + 2 * 2 + 2);
+    // DNS expires; somebody else has removed one of the others.
+    let key = forward_key(3, 443, 6);
+    let value = collector.store.forward.remove(&key).unwrap();
+    collector.store.reverse.remove(&V4::reverse_key(&key, &value));
+    while !collector.sweep(1000 + UDP_DNS, 1000).unwrap() {}
+    assert_eq!((count(&collector, gateway_total(0)), count(&collector, tcp[1])), (1, 1));
+    assert_eq!((count(&collector, tcp[3]), count(&collector, dns[3])), (1, 0));
+    // Nothing to correct any more.
+    let corrected = collector.totals.corrected;
+    while !collector.sweep(1000 + UDP_DNS, 1000).unwrap() {}
+    assert_eq!(collector.totals.corrected, corrected);
+}
+
+#[test]
+fn a_walk_may_take_many_steps() {
+    let mut tables = Tables::default();
+    for port in 1..100 {
+        add(&mut tables, port * 2, 443, 6, OPEN, [1000, 1000]);
+    }
+    let mut collector = collector(tables, 1000);
+    let mut steps = 0;
+    while !collector.sweep(1001, 1).unwrap() {
+        steps += 1;
+    }
+    assert!(steps >= 1);
+    assert_eq!((collector.totals.entries, collector.totals.expired), (99, 0));
 }

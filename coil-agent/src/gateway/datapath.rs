@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use aya::maps::{HashMap, MapData};
 use aya::programs::{ProgramFd, ProgramInfo};
-use coil_common::config::{CONFIG_REDIRECT_PEER, CONFIG_SOURCE_PORT_AUTO, Config};
+use coil_common::config::{CONFIG_ADDRESS_ONLY, CONFIG_REDIRECT_PEER, CONFIG_SOURCE_PORT_AUTO, Config};
 use coil_common::keys::{ClientKey4, ClientKey6};
 use coil_common::names;
 use coil_common::values::ClientValue;
@@ -14,10 +14,11 @@ use coil_common::values::ClientValue;
 use super::args::PodAddresses;
 use super::clients::difference;
 use super::collect::NatCollector;
-use super::ports::NatPorts;
+use super::ports::{NatPorts, PortKeeper};
 use crate::datapath::internal::{
     Attachable, Hook, IfUnmounted, Loaded, PinFolder, absent_is_fine, boot_seed, load,
 };
+use crate::datapath::timeouts::Timeouts;
 use crate::datapath::{DatapathError, IcmpLimit, LoadError, MapAccessError, Role};
 
 /// How a gateway's datapath is opened.
@@ -46,6 +47,34 @@ pub struct GatewayOptions {
     pub redirect_peer: bool,
     /// Bounds of ICMP errors.
     pub icmp: IcmpLimit,
+    /// What clients may have.
+    pub quotas: Quotas,
+    /// Protocols without ports are translated by address alone.
+    pub address_only: bool,
+    /// How long idle translations are kept.
+    pub timeouts: Timeouts,
+}
+
+/// What clients of a gateway may have; 0 for no limit.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Quotas {
+    /// Translations of one family of one client.
+    pub client_flows: u32,
+    /// Translations of one client to one address and port.
+    pub client_ports: u32,
+}
+
+/// Of so many parts of the table one is kept free of new translations: it fills to 90 %.
+const RESERVE: u32 = 10;
+
+/// Translations beyond which a table for `max` of them admits no new ones.
+pub(crate) const fn admitted(max: u32) -> u32 {
+    max - max / RESERVE
+}
+
+/// Bits if they are wanted.
+const fn flag(wanted: bool, bits: u32) -> u32 {
+    if wanted { bits } else { 0 }
 }
 
 /// The gateway's datapath.
@@ -54,6 +83,8 @@ pub struct GatewayDatapath {
     pub clients: ClientMaps,
     /// The collector of expired translations.
     pub collector: NatCollector,
+    /// The list of ports that translation does not use.
+    pub ports: PortKeeper,
     /// Where the maps are pinned.
     pub(crate) folder: PathBuf,
     /// Keeps the program loaded.
@@ -75,6 +106,9 @@ impl GatewayDatapath {
             max_nat,
             redirect_peer,
             icmp,
+            quotas,
+            address_only,
+            timeouts,
         } = options;
         let folder = PinFolder::open(bpffs_root, IfUnmounted::Mount)?.gateway(pin_name)?;
         let mut config = Config {
@@ -83,11 +117,16 @@ impl GatewayDatapath {
             fou_port: fou_port.to_be_bytes(),
             nat_port_first: *ports.range.start(),
             nat_port_last: *ports.range.end(),
-            nat_port_excluded: ports.excluded,
+            nat_id_first: *ports.identifiers.start(),
+            nat_id_last: *ports.identifiers.end(),
             mtu: *mtu,
-            flags: (if *source_port_auto { CONFIG_SOURCE_PORT_AUTO } else { 0 })
-                | (if *redirect_peer { CONFIG_REDIRECT_PEER } else { 0 }),
+            flags: flag(*source_port_auto, CONFIG_SOURCE_PORT_AUTO)
+                | flag(*redirect_peer, CONFIG_REDIRECT_PEER)
+                | flag(*address_only, CONFIG_ADDRESS_ONLY),
             seed: boot_seed()?,
+            nat_admit: admitted(*max_nat),
+            nat_client_flows: quotas.client_flows,
+            nat_client_ports: quotas.client_ports,
             ..Config::default()
         };
         icmp.apply(&mut config);
@@ -99,6 +138,8 @@ impl GatewayDatapath {
         ]
         .map(|map| (map, *max_nat));
         let mut loaded = load(Role::Gateway, &folder, &config, &sizes)?;
+        let mut port_keeper = PortKeeper::new(&mut loaded, ports.excluded.clone())?;
+        port_keeper.refresh()?;
         let program = Attachable {
             name: names::PROGRAM_GATEWAY,
             hook: Hook::Ingress,
@@ -110,7 +151,8 @@ impl GatewayDatapath {
         tracing::info!(pins = %folder.display(), adopted = !fresh, "gateway program attached");
         Ok(Self {
             clients: ClientMaps::new(&mut loaded)?,
-            collector: NatCollector::new(&mut loaded)?,
+            collector: NatCollector::new(&mut loaded, *timeouts, config.seed)?,
+            ports: port_keeper,
             folder,
             loaded,
         })

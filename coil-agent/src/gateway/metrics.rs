@@ -1,13 +1,17 @@
 //! Metrics of a gateway: the names of the original, with values from BPF maps, and a few of our own.
 
+use std::net::IpAddr;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use aya::maps::{MapData, PerCpuArray};
+use aya::maps::{Array, MapData, PerCpuArray};
 use coil_common::names;
 use coil_common::stats::GatewayStat;
+use coil_common::usage::{PROBES, Share, gateway_cells};
 use coil_common::values::Counter;
+use coil_ebpf::family::{V4, V6, addr4, addr6};
+use coil_ebpf::usage;
 use prometheus::core::{Collector, Desc};
 use prometheus::proto::MetricFamily;
 use prometheus::{IntCounterVec, IntGaugeVec};
@@ -16,6 +20,7 @@ use super::INTERFACE;
 use super::census::Count;
 use super::clients::Clients;
 use super::collect::Totals;
+use super::datapath::Quotas;
 use crate::datapath::internal::{
     DropCounters, DropFamilies, counter, counters, descriptions, gather, gauge, gauges, open_pinned,
 };
@@ -72,7 +77,21 @@ pub(crate) struct GatewayCollector {
     stats: PerCpuArray<MapData, Counter>,
     drops: DropCounters,
     capacity: usize,
+    shares: Shares,
+    usage: Array<MapData, u64>,
+    probes: PerCpuArray<MapData, u64>,
     descriptions: Vec<Desc>,
+}
+
+/// What new translations are refused for.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Shares {
+    /// Shares of clients.
+    pub(crate) quotas: Quotas,
+    /// All translations of a family.
+    pub(crate) admit: u32,
+    /// Seed of the datapath's hashes.
+    pub(crate) seed: u32,
 }
 
 struct Families {
@@ -95,7 +114,15 @@ struct Families {
     walk: prometheus::GaugeVec,
     draining: IntGaugeVec,
     draining_flows: IntGaugeVec,
+    corrected: IntCounterVec,
+    limits: IntGaugeVec,
+    tries: IntCounterVec,
+    client_flows: IntGaugeVec,
 }
+
+/// Numbers of tries for a port that are counted together, by the last of them.
+const TRIES: [(&str, u32); 6] =
+    [("1", 1), ("2-4", 4), ("5-8", 8), ("9-16", 16), ("17-32", PROBES), ("in_vain", PROBES + 1)];
 
 /// Translated from clients, translated for clients, new, invalid.
 const STATS_V4: [GatewayStat; 4] =
@@ -198,6 +225,25 @@ impl Families {
                 "Flows that a draining gateway waits for; more than some thousands are not counted.",
                 &["namespace", "pod", "egress", "kind"],
             ),
+            corrected: by_protocol(
+                "coil_egress_nat_corrected_total",
+                "By how much counts of clients' translations had to be put right.",
+            ),
+            limits: gauges(
+                "coil_egress_nat_quota",
+                "Translations beyond which new ones are refused; 0 for no limit.",
+                &["namespace", "pod", "egress", "share"],
+            ),
+            tries: counters(
+                "coil_egress_nat_port_tries_total",
+                "New translations by the number of ports that were tried.",
+                &["namespace", "pod", "egress", "tries"],
+            ),
+            client_flows: gauges(
+                "coil_egress_client_pod_flows",
+                "Translations of a client pod.",
+                &["namespace", "pod", "pod_ip", "egress", "egress_namespace"],
+            ),
         }
     }
 
@@ -222,6 +268,10 @@ impl Families {
             &self.walk,
             &self.draining,
             &self.draining_flows,
+            &self.corrected,
+            &self.limits,
+            &self.tries,
+            &self.client_flows,
         ]);
         all
     }
@@ -233,8 +283,12 @@ impl GatewayCollector {
         labels: Labels,
         shared: Shared,
         capacity: usize,
+        shares: Shares,
     ) -> Result<Self, LoadError> {
         Ok(Self {
+            shares,
+            usage: open_pinned(folder, names::MAP_GATEWAY_USAGE)?,
+            probes: open_pinned(folder, names::MAP_PORT_PROBES)?,
             labels,
             shared,
             stats: open_pinned(folder, names::MAP_GATEWAY_STATS)?,
@@ -260,7 +314,46 @@ impl GatewayCollector {
             families.invalid_packets.with_label_values(&labels).set(signed(invalid.packets));
             families.invalid_bytes.with_label_values(&labels).set(signed(invalid.bytes));
         }
+        self.read_tries(families)?;
         self.drops.collect(&families.drops)
+    }
+
+    fn read_tries(&self, families: &Families) -> Result<(), MapAccessError> {
+        let Labels { namespace, egress, pod } = &self.labels;
+        let mut first = 0;
+        for (label, last) in TRIES {
+            let mut sum = 0;
+            for tries in first..=last {
+                let values = self.probes.get(&tries, 0).map_err(|source| MapAccessError {
+                    operation: "read",
+                    map: names::MAP_PORT_PROBES,
+                    source,
+                })?;
+                sum += values.iter().sum::<u64>();
+            }
+            first = last + 1;
+            families.tries.with_label_values(&[namespace, pod, egress, label]).inc_by(sum);
+        }
+        Ok(())
+    }
+
+    /// Translations that are counted for a client.
+    fn client_flows(&self, address: IpAddr) -> Result<i64, MapAccessError> {
+        let seed = self.shares.seed;
+        let (family, hash) = match address {
+            IpAddr::V4(address) => (0, usage::client::<V4>(seed, &addr4(address.octets()))),
+            IpAddr::V6(address) => (1, usage::client::<V6>(seed, &addr6(address.octets()))),
+        };
+        let mut least = i64::MAX;
+        for cell in gateway_cells(family, Share::Client, hash) {
+            let count = self.usage.get(&cell, 0).map_err(|source| MapAccessError {
+                operation: "read",
+                map: names::MAP_GATEWAY_USAGE,
+                source,
+            })?;
+            least = least.min(count.cast_signed());
+        }
+        Ok(least.max(0))
     }
 }
 
@@ -288,6 +381,14 @@ impl Collector for GatewayCollector {
                 let labels =
                     [&client.namespace, &client.name, &address.to_string(), INTERFACE, egress, namespace];
                 families.pod_info.with_label_values(&labels).set(1);
+                match self.client_flows(*address) {
+                    Ok(flows) => {
+                        let labels =
+                            [&client.namespace, &client.name, &address.to_string(), egress, namespace];
+                        families.client_flows.with_label_values(&labels).set(flows);
+                    }
+                    Err(error) => tracing::warn!(%error, "cannot read the flows of a client"),
+                }
             }
         }
         let common = [namespace.as_str(), pod, egress];
@@ -303,10 +404,18 @@ impl Collector for GatewayCollector {
                 families.draining_flows.with_label_values(&[namespace, pod, egress, kind]).set(signed(count));
             }
         }
+        let Shares { quotas, admit, seed: _ } = self.shares;
+        for (share, limit) in
+            [("all", admit), ("client", quotas.client_flows), ("client_destination", quotas.client_ports)]
+        {
+            let labels = [namespace.as_str(), pod, egress, share];
+            families.limits.with_label_values(&labels).set(i64::from(limit));
+        }
         for (protocol, totals) in ["ipv4", "ipv6"].into_iter().zip(totals) {
             let labels = [namespace.as_str(), pod, egress, protocol];
             families.expired.with_label_values(&labels).inc_by(totals.expired);
             families.orphans.with_label_values(&labels).inc_by(totals.orphans);
+            families.corrected.with_label_values(&labels).inc_by(totals.corrected);
             for (direction, bytes) in [("tx", totals.sent_bytes), ("rx", totals.received_bytes)] {
                 let labels = [namespace.as_str(), pod, egress, protocol, direction];
                 families.expired_bytes.with_label_values(&labels).inc_by(bytes);

@@ -6,7 +6,10 @@ use std::path::Path;
 use aya::maps::{HashMap, MapData, MapError};
 use coil_common::keys::{FlowKey4, FlowKey6};
 use coil_common::names::{MAP_NAT_FORWARD_V4, MAP_NAT_FORWARD_V6, MAP_NAT_REVERSE_V4, MAP_NAT_REVERSE_V6};
+use coil_common::usage::{Share, gateway_cells, gateway_total};
 use coil_common::values::{NatValue4, NatValue6};
+use coil_ebpf::family::{self, Family as _};
+use coil_ebpf::usage;
 
 use crate::datapath::internal::{Cursor, Loaded, lookup_batch, open_pinned};
 use crate::datapath::{LoadError, MapAccessError};
@@ -40,6 +43,12 @@ pub(crate) trait NatFamily {
 
     /// What the value says about the direction.
     fn facts(value: &Self::Value) -> Facts;
+
+    /// Cells of `gateway_usage` in which the flow with this forward key is counted.
+    fn cells(seed: u32, forward: &Self::Key) -> [u32; 5];
+
+    /// Whether a cell of `gateway_usage` is of this family.
+    fn owns(cell: u32) -> bool;
 }
 
 /// What is common to values of both families.
@@ -47,6 +56,7 @@ pub(crate) trait NatFamily {
 pub(crate) struct Facts {
     pub(crate) state: u32,
     pub(crate) last_seen: u32,
+    pub(crate) created: u32,
     pub(crate) packets: u64,
     pub(crate) bytes: u64,
 }
@@ -60,7 +70,7 @@ pub(crate) struct V4;
 pub(crate) struct V6;
 
 macro_rules! nat_family {
-    ($family:ty, $key:ident, $value:ident, $forward:ident, $reverse:ident) => {
+    ($family:ty, $words:ty, $addr:expr, $key:ident, $value:ident, $forward:ident, $reverse:ident) => {
         impl NatFamily for $family {
             type Key = $key;
             type Value = $value;
@@ -94,15 +104,31 @@ macro_rules! nat_family {
             }
 
             fn facts(value: &$value) -> Facts {
-                let $value { state, last_seen, packets, bytes, .. } = *value;
-                Facts { state, last_seen, packets, bytes }
+                let $value { state, last_seen, created, packets, bytes, .. } = *value;
+                Facts { state, last_seen, created, packets, bytes }
+            }
+
+            fn cells(seed: u32, forward: &$key) -> [u32; 5] {
+                let client = usage::client::<$words>(seed, &$addr(forward.src));
+                let remote =
+                    usage::remote::<$words>(seed, &$addr(forward.dst), forward.dst_port, forward.protocol);
+                let family = <$words>::INDEX;
+                let [a, b] = gateway_cells(family, Share::Client, client);
+                let [c, d] = gateway_cells(family, Share::Remote, usage::pair(client, remote));
+                [gateway_total(family), a, b, c, d]
+            }
+
+            fn owns(cell: u32) -> bool {
+                let total = gateway_total(0);
+                let family = <$words>::INDEX;
+                if cell >= total { cell == gateway_total(family) } else { cell / (total / 2) == family }
             }
         }
     };
 }
 
-nat_family!(V4, FlowKey4, NatValue4, MAP_NAT_FORWARD_V4, MAP_NAT_REVERSE_V4);
-nat_family!(V6, FlowKey6, NatValue6, MAP_NAT_FORWARD_V6, MAP_NAT_REVERSE_V6);
+nat_family!(V4, family::V4, family::addr4, FlowKey4, NatValue4, MAP_NAT_FORWARD_V4, MAP_NAT_REVERSE_V4);
+nat_family!(V6, family::V6, family::addr6, FlowKey6, NatValue6, MAP_NAT_FORWARD_V6, MAP_NAT_REVERSE_V6);
 
 /// Both tables of a family.
 pub(crate) trait NatStore<F: NatFamily> {

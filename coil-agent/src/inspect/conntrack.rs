@@ -17,7 +17,7 @@ use super::node::{Gateway, Node, read};
 use super::state::{protocol, state};
 use super::{InspectError, Outcome, output};
 use crate::datapath::seconds_since_boot;
-use crate::datapath::timeouts::{NODE_EXTRA, timeout};
+use crate::datapath::timeouts::Timeouts;
 
 /// A flow as one direction sees it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -246,7 +246,9 @@ impl Pair {
                 rx_bytes,
                 age: age(now, created),
                 idle,
-                expires_in: timeout(tuple.protocol, tuple.dst_port, bits).saturating_sub(idle),
+                expires_in: Timeouts::default()
+                    .of(tuple.protocol, tuple.dst_port, bits, false)
+                    .saturating_sub(idle),
             },
         }
     }
@@ -333,7 +335,7 @@ fn flow(node: &Node, tuple: &Tuple, value: &FlowValue, egress: String, now: u32)
     let gateway = node.gateways.get(&value.gateway);
     let current = gateway.filter(|gateway| gateway.generation == value.gateway_generation);
     let idle = age(now, value.last_seen);
-    let kept = timeout(tuple.protocol, tuple.dst_port, value.state).saturating_add(NODE_EXTRA);
+    let kept = Timeouts::default().of_node(tuple.protocol, tuple.dst_port, value.state, false);
     Flow {
         pod: node.pod_with(tuple.src).map(super::node::Pod::label),
         protocol: protocol(tuple.protocol),

@@ -9,6 +9,7 @@ mod inspect;
 mod near;
 mod netlink;
 mod pins;
+mod ports;
 mod restart;
 mod scenarios;
 mod shortcut;

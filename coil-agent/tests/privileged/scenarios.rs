@@ -10,10 +10,11 @@ use coil_agent::datapath::{Loaded, Role, SkBuff, load, seconds_since_boot, test_
 use coil_common::config::Config;
 use coil_common::names::{
     GATEWAY_MAPS, MAP_AFFINITY, MAP_CLIENTS_V4, MAP_CLIENTS_V6, MAP_CONFIG, MAP_DROPS, MAP_EGRESS_NAMES,
-    MAP_EGRESS_STATS, MAP_EGRESSES, MAP_ENCAPS, MAP_EVENT_BUDGETS, MAP_EVENTS, MAP_FLOWS_V4, MAP_FLOWS_V6,
-    MAP_GATEWAY_STATS, MAP_GATEWAYS, MAP_ICMP_STATS, MAP_LISTENERS, MAP_NAT_FORWARD_V4, MAP_NAT_FORWARD_V6,
-    MAP_NAT_REVERSE_V4, MAP_NAT_REVERSE_V6, MAP_PEERS_V4, MAP_PEERS_V6, MAP_POD_SLOTS, MAP_PODS, NODE_MAPS,
-    pod_slot,
+    MAP_EGRESS_STATS, MAP_EGRESSES, MAP_ENCAPS, MAP_EVENT_BUDGETS, MAP_EVENTS, MAP_EXCLUDED_PORTS,
+    MAP_FLOWS_V4, MAP_FLOWS_V6, MAP_FULL_REMOTES, MAP_GATEWAY_STATS, MAP_GATEWAY_USAGE, MAP_GATEWAYS,
+    MAP_ICMP_STATS, MAP_LISTENERS, MAP_NAT_FORWARD_V4, MAP_NAT_FORWARD_V6, MAP_NAT_REVERSE_V4,
+    MAP_NAT_REVERSE_V6, MAP_PEERS_V4, MAP_PEERS_V6, MAP_POD_SLOTS, MAP_POD_USAGE, MAP_PODS, MAP_PORT_PROBES,
+    NODE_MAPS, pod_slot,
 };
 use coil_common::values::{
     AffinityValue, Counter, FlowValue, FragmentValue, InboundValue, NatValue4, NatValue6, PodSlot, PodValue,
@@ -26,6 +27,10 @@ use coil_ebpf::testing::{Action, Hook, Kernel, Scenario, scenarios};
 use crate::support::BpfFs;
 use crate::support::net::NetNs;
 use crate::support::raw::RawMap;
+
+/// Large arrays that the datapath reads and writes.
+const ARRAYS: [&str; 5] =
+    [MAP_EXCLUDED_PORTS, MAP_GATEWAY_USAGE, MAP_FULL_REMOTES, MAP_PORT_PROBES, MAP_POD_USAGE];
 
 /// Seconds since boot that the table of scenarios is written for.
 const TABLE_NOW: u32 = 1000;
@@ -236,7 +241,9 @@ impl Machine {
             self.maps[name].clear(&index.to_ne_bytes());
         }
         for (name, map) in &self.maps {
-            if [MAP_EGRESSES, MAP_GATEWAYS].contains(name) {
+            // Arrays are left as they are where a scenario has not set them: 100,000 calls for each would take
+            // minutes.
+            if [MAP_EGRESSES, MAP_GATEWAYS].contains(name) || ARRAYS.contains(name) {
                 let used = used.iter().filter(|entry| entry.map == *name);
                 used.for_each(|entry| map.clear(&entry.key.0));
             } else if !COUNTERS.contains(name) && !UNTOUCHED.contains(name) {

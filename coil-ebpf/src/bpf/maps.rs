@@ -1,13 +1,14 @@
 //! The maps, and the answers that they give.
 
 use aya_ebpf::{
-    bindings::{BPF_ANY, BPF_F_NO_PREALLOC, BPF_NOEXIST},
+    bindings::{BPF_ANY, BPF_F_MMAPABLE, BPF_F_NO_PREALLOC, BPF_NOEXIST},
     btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, RingBuf},
     helpers::generated::{bpf_jiffies64, bpf_ktime_get_coarse_ns},
     macros::btf_map,
     maps::lpm_trie::Key,
 };
 use coil_common::{
+    config::Config,
     events::{EVENT_RING, Event, EventBudget, Listener},
     keys::{
         ClientKey4, ClientKey6, FlowKey4, FlowKey6, POLICY_SET_BITS, PeerKey4, PeerKey6, PolicyKey4,
@@ -15,21 +16,27 @@ use coil_common::{
     },
     names,
     stats::{Direction, DropReason, GatewayStat, egress_stat},
+    usage,
     values::{
         ClientValue, ConfigValue, Counter, EgressNameValue, EgressValue, FlowValue, FragmentValue,
         GatewayValue, NatValue4, NatValue6, PodNameValue, PodSlot, PodValue, PolicyValue, STATE_ENCAP,
     },
 };
 use coil_ebpf::{
-    decide::near::Near,
+    decide::{
+        near::Near,
+        open::{self, How, Shape, Work},
+    },
     encap::Encap,
     family::{Family, V4, V6, addr4, addr6, bytes6},
+    flow::Flow,
     tables::{Clock, Fragments, Full, NatTables, NodeTables, ReserveError, Tally, Translation},
 };
 
-use super::{apply, atomic, events};
+use super::{apply, atomic, config, events};
 
 const NO_PREALLOC: usize = BPF_F_NO_PREALLOC as usize;
+const MMAPABLE: usize = BPF_F_MMAPABLE as usize;
 
 #[btf_map(name = "pods")]
 static PODS: HashMap<u32, PodValue, { names::MAX_PODS }, NO_PREALLOC> = HashMap::new();
@@ -71,6 +78,19 @@ static NAT_REVERSE_V6: HashMap<FlowKey6, NatValue6, { names::MAX_NAT }, NO_PREAL
 static FRAGMENTS_V4: LruHashMap<FlowKey4, FragmentValue, { names::MAX_FRAGMENTS }> = LruHashMap::new();
 #[btf_map(name = "fragments_v6")]
 static FRAGMENTS_V6: LruHashMap<FlowKey6, FragmentValue, { names::MAX_FRAGMENTS }> = LruHashMap::new();
+#[btf_map(name = "excluded_ports")]
+static EXCLUDED_PORTS: Array<u64, { usage::EXCLUDED_PORTS }> = Array::new();
+#[btf_map(name = "gateway_usage")]
+static GATEWAY_USAGE: Array<u64, { usage::GATEWAY_USAGE }, MMAPABLE> = Array::new();
+#[btf_map(name = "full_remotes")]
+static FULL_REMOTES: Array<u64, { usage::FULL_REMOTES }> = Array::new();
+#[btf_map(name = "port_probes")]
+static PORT_PROBES: PerCpuArray<u64, { usage::PORT_PROBES }> = PerCpuArray::new();
+#[btf_map(name = "pod_usage")]
+static POD_USAGE: Array<u64, { usage::POD_USAGE }, MMAPABLE> = Array::new();
+/// Room for [`Work`] of either family; of no use once a program has ended.
+#[btf_map(name = "work")]
+static WORK: PerCpuArray<[u64; WORK_WORDS], 1> = PerCpuArray::new();
 #[btf_map(name = "gateway_stats")]
 static GATEWAY_STATS: PerCpuArray<Counter, { GatewayStat::COUNT }> = PerCpuArray::new();
 #[btf_map(name = "drops")]
@@ -96,6 +116,11 @@ static NEAR_V6: HashMap<ClientKey6, u32, { names::MAX_PODS }, NO_PREALLOC> = Has
 static ENCAPS: Array<u32, 1> = Array::new();
 #[btf_map(name = "event_scratch")]
 pub(super) static EVENT_SCRATCH: PerCpuArray<Event, 1> = PerCpuArray::new();
+
+/// Double words of [`Work`], of the larger family.
+const WORK_WORDS: usize = 20;
+
+const _: () = assert!(size_of::<Work<V6>>() <= WORK_WORDS * 8 && size_of::<Work<V4>>() <= WORK_WORDS * 8);
 
 /// `-EEXIST`
 const EXISTS: i32 = -17;
@@ -192,7 +217,7 @@ fn hit_flow(flow: *mut FlowValue, direction: Direction, packets: u32, bytes: u32
         };
         atomic::add(all, u64::from(packets));
         atomic::add(sum, u64::from(bytes));
-        let tick = Maps.tick();
+        let tick = Maps.tick() as u16;
         if (*flow).tick != tick {
             (*flow).tick = tick;
             (*flow).last_seen = Maps.now();
@@ -304,6 +329,19 @@ macro_rules! node_tables {
             }
 
             #[inline(always)]
+            fn pod_usage(&self, cell: u32) -> i64 {
+                POD_USAGE.get(cell).map_or(0, |count| *count as i64)
+            }
+
+            #[inline(always)]
+            fn pod_uses_more(&self, cell: u32) {
+                if let Some(count) = POD_USAGE.get_ptr_mut(cell) {
+                    // SAFETY: points to a map value.
+                    unsafe { atomic::add(count, 1) }
+                }
+            }
+
+            #[inline(always)]
             fn flow_value(&self, flow: *mut FlowValue) -> FlowValue {
                 // SAFETY: points to a map value that stays until the program ends.
                 unsafe { *flow }
@@ -386,8 +424,90 @@ macro_rules! near {
 near!(V4, u32::to_ne_bytes, NEAR_V4, ClientKey4);
 near!(V6, bytes6, NEAR_V6, ClientKey6);
 
+/// The room for [`Work`] on this processor.
+#[inline(always)]
+fn work<F: Family>() -> Option<*mut Work<F>> {
+    WORK.get_ptr_mut(0).map(<*mut _>::cast)
+}
+
+/// Says which flow the work is about.
+#[inline(always)]
+fn set_flow<F: Family>(flow: &Flow<F>) {
+    if let Some(work) = work::<F>() {
+        // SAFETY: as in `with_work`.
+        unsafe { (*work).flow = *flow };
+    }
+}
+
+/// Steps of [`open`] as functions of their own, which the verifier looks at once: all that they need is in
+/// the room for [`Work`]. Where there is none, which cannot be, they say `$none`.
+macro_rules! steps {
+    ($($family:ty, $name:ident($($arg:ident),*) -> $result:ty, $none:expr, |$work:ident| $act:expr;)+) => {$(
+        #[unsafe(no_mangle)]
+        #[inline(never)]
+        extern "C" fn $name($($arg: u32),*) -> $result {
+            let Some(work) = work::<$family>() else {
+                return $none;
+            };
+            // SAFETY: the room is large enough for either family, whose parts are plain words, and is used
+            // by one program at a time: programs of one CPU do not interrupt each other here. A caller
+            // that has a reference to it hands that to the compiler before.
+            let $work = unsafe { &mut *work };
+            $act
+        }
+    )+};
+}
+
+/// Why there is no translation if there is no room for [`Work`].
+const NO_WORK: u32 = DropReason::RewriteFailed.index();
+
+steps! {
+    V4, attend_v4(shape) -> u32, open::code(Err(NO_WORK)), |work| open::code(open::attend(work, Shape(shape), config(), &Maps));
+    V6, attend_v6(shape) -> u32, open::code(Err(NO_WORK)), |work| open::code(open::attend(work, Shape(shape), config(), &Maps));
+    V4, look_after_v4(shape) -> u32, open::HALF_ERROR + NO_WORK, |work| open::look_after(work, Shape(shape), &Maps);
+    V6, look_after_v6(shape) -> u32, open::HALF_ERROR + NO_WORK, |work| open::look_after(work, Shape(shape), &Maps);
+    V4, refusal_v4(shape) -> u32, NO_WORK, |work| open::refusal(work, Shape(shape), config(), &Maps);
+    V6, refusal_v6(shape) -> u32, NO_WORK, |work| open::refusal(work, Shape(shape), config(), &Maps);
+    V4, search_v4(shape, refusal) -> u32, (open::SEARCH_ERROR + NO_WORK) << 24, |work| {
+        open::search(work, Shape(shape), refusal, config(), &Maps)
+    };
+    V6, search_v6(shape, refusal) -> u32, (open::SEARCH_ERROR + NO_WORK) << 24, |work| {
+        open::search(work, Shape(shape), refusal, config(), &Maps)
+    };
+    V4, settle_v4(shape, found) -> u32, open::code(Err(NO_WORK)), |work| {
+        open::settle(work, Shape(shape), found, config(), &Maps)
+    };
+    V6, settle_v6(shape, found) -> u32, open::code(Err(NO_WORK)), |work| {
+        open::settle(work, Shape(shape), found, config(), &Maps)
+    };
+    V4, take_over_v4(port) -> u32, open::TAKEN_ERROR + NO_WORK, |work| {
+        open::take_over(work, (port & 0xffff) as u16, config(), &Maps)
+    };
+    V6, take_over_v6(port) -> u32, open::TAKEN_ERROR + NO_WORK, |work| {
+        open::take_over(work, (port & 0xffff) as u16, config(), &Maps)
+    };
+    V4, in_vain_v4(shape, refusal) -> u32, NO_WORK, |work| {
+        open::in_vain(work, Shape(shape), refusal, config(), &Maps)
+    };
+    V6, in_vain_v6(shape, refusal) -> u32, NO_WORK, |work| {
+        open::in_vain(work, Shape(shape), refusal, config(), &Maps)
+    };
+    V4, probe_v4(how) -> u32, 0, |work| open::probe(work, How(how), &Maps);
+    V6, probe_v6(how) -> u32, 0, |work| open::probe(work, How(how), &Maps);
+    V4, mend_v4(now) -> u32, 0, |work| {
+        open::mend(work, now, &Maps);
+        0
+    };
+    V6, mend_v6(now) -> u32, 0, |work| {
+        open::mend(work, now, &Maps);
+        0
+    };
+}
+
 macro_rules! nat_tables {
-    ($family:ty, $bytes:expr, $addr:expr, $nat:ty, $clients:ident, $client_key:ident, $forward:ident, $reverse:ident) => {
+    ($family:ty, $bytes:expr, $addr:expr, $nat:ty, $clients:ident, $client_key:ident, $forward:ident, $reverse:ident,
+     $attend:ident, $look_after:ident, $refusal:ident, $search:ident, $settle:ident, $take_over:ident, $in_vain:ident, $probe:ident,
+     $mend:ident) => {
         impl NatTables<$family> for Maps {
             type Entry = *mut $nat;
 
@@ -454,6 +574,144 @@ macro_rules! nat_tables {
             }
 
             #[inline(always)]
+            fn restore_forward(
+                &self,
+                key: &<$family as Family>::KeyWords,
+                value: &<$family as Family>::Nat,
+            ) -> Result<(), Full> {
+                let (key, value) = (shared::<$family>(key), bytemuck::cast_ref(value));
+                $forward.insert(key, value, u64::from(BPF_ANY)).map_err(|_| Full)
+            }
+
+            #[inline(always)]
+            fn remove_forward(&self, key: &<$family as Family>::KeyWords) {
+                // An entry that is gone already is as good as removed.
+                if $forward.remove(shared::<$family>(key)).is_err() {}
+            }
+
+            #[inline(always)]
+            fn retract(&self, entry: *mut $nat, bits: u32) {
+                // SAFETY: points to a map value that stays until the program ends. What another packet
+                // notes at the same moment may be lost with it: it is noted again, or times out later.
+                unsafe { (*entry).state &= !bits }
+            }
+
+            #[inline(always)]
+            fn reown(&self, entry: *mut $nat, port: [u8; 2], now: u32) {
+                // SAFETY: points to a map value that stays until the program ends. Of two packets that
+                // do this at once the later one wins, as the other finds when it looks after its flow.
+                unsafe {
+                    (*entry).port = port;
+                    (*entry).state &= STATE_ENCAP;
+                    (*entry).created = now;
+                    (*entry).last_seen = now;
+                }
+            }
+
+            #[inline(always)]
+            fn is_excluded(&self, udp: bool, port: u16) -> bool {
+                let (word, bit) = usage::excluded_port(udp, port);
+                EXCLUDED_PORTS.get(word).is_some_and(|bits| bits & bit != 0)
+            }
+
+            #[inline(always)]
+            fn usage(&self, cell: u32) -> i64 {
+                GATEWAY_USAGE.get(cell).map_or(0, |count| *count as i64)
+            }
+
+            #[inline(always)]
+            fn use_more(&self, cell: u32) {
+                if let Some(count) = GATEWAY_USAGE.get_ptr_mut(cell) {
+                    // SAFETY: points to a map value.
+                    unsafe { atomic::add(count, 1) }
+                }
+            }
+
+            #[inline(always)]
+            fn full_remote(&self, index: u32) -> u64 {
+                FULL_REMOTES.get(index).map_or(0, |note| *note)
+            }
+
+            #[inline(always)]
+            fn set_full_remote(&self, index: u32, note: u64) {
+                if let Some(old) = FULL_REMOTES.get_ptr_mut(index) {
+                    // SAFETY: points to a map value, which is written as a whole.
+                    unsafe { old.write(note) }
+                }
+            }
+
+            #[inline(always)]
+            fn count_probes(&self, tries: u32) {
+                if let Some(count) = PORT_PROBES.get_ptr_mut(tries) {
+                    // SAFETY: a per-CPU value.
+                    unsafe { *count = (*count).wrapping_add(1) }
+                }
+            }
+
+            #[inline(always)]
+            fn ask(&self, flow: &Flow<$family>) {
+                set_flow(flow);
+            }
+
+            #[inline(always)]
+            fn attend(&self, shape: Shape, _: &Config) -> Result<(), u32> {
+                match $attend(shape.0) {
+                    0 => Ok(()),
+                    reason => Err(reason - 1),
+                }
+            }
+
+            #[inline(always)]
+            fn look_after(&self, work: &mut Work<$family>, shape: Shape, _: &Config) -> u32 {
+                // It is the same work that the function finds by itself, which the compiler must know;
+                // so it is in those that follow.
+                core::hint::black_box(work);
+                $look_after(shape.0)
+            }
+
+            #[inline(always)]
+            fn refusal(&self, work: &mut Work<$family>, shape: Shape, _: &Config) -> u32 {
+                core::hint::black_box(work);
+                $refusal(shape.0)
+            }
+
+            #[inline(always)]
+            fn search(&self, work: &mut Work<$family>, shape: Shape, refusal: u32, _: &Config) -> u32 {
+                core::hint::black_box(work);
+                $search(shape.0, refusal)
+            }
+
+            #[inline(always)]
+            fn settle(&self, work: &mut Work<$family>, shape: Shape, found: u32, _: &Config) -> u32 {
+                core::hint::black_box(work);
+                $settle(shape.0, found)
+            }
+
+            #[inline(always)]
+            fn take_over(&self, work: &mut Work<$family>, port: u16, _: &Config) -> u32 {
+                core::hint::black_box(work);
+                $take_over(u32::from(port))
+            }
+
+            #[inline(always)]
+            fn in_vain(&self, work: &mut Work<$family>, shape: Shape, refusal: u32, _: &Config) -> u32 {
+                core::hint::black_box(work);
+                $in_vain(shape.0, refusal)
+            }
+
+            #[inline(always)]
+            fn probe(&self, work: &mut Work<$family>, how: How) -> u32 {
+                core::hint::black_box(work);
+                $probe(how.0)
+            }
+
+            #[inline(always)]
+            fn mend(&self, flow: &Flow<$family>, now: u32) {
+                set_flow(flow);
+                $mend(now);
+            }
+
+            #[inline(always)]
             fn restart(&self, entry: *mut $nat) {
                 // SAFETY: points to a map value that stays until the program ends.
                 unsafe { (*entry).state &= STATE_ENCAP }
@@ -497,5 +755,41 @@ macro_rules! nat_tables {
     };
 }
 
-nat_tables!(V4, u32::to_ne_bytes, addr4, NatValue4, CLIENTS_V4, ClientKey4, NAT_FORWARD_V4, NAT_REVERSE_V4);
-nat_tables!(V6, bytes6, addr6, NatValue6, CLIENTS_V6, ClientKey6, NAT_FORWARD_V6, NAT_REVERSE_V6);
+nat_tables!(
+    V4,
+    u32::to_ne_bytes,
+    addr4,
+    NatValue4,
+    CLIENTS_V4,
+    ClientKey4,
+    NAT_FORWARD_V4,
+    NAT_REVERSE_V4,
+    attend_v4,
+    look_after_v4,
+    refusal_v4,
+    search_v4,
+    settle_v4,
+    take_over_v4,
+    in_vain_v4,
+    probe_v4,
+    mend_v4
+);
+nat_tables!(
+    V6,
+    bytes6,
+    addr6,
+    NatValue6,
+    CLIENTS_V6,
+    ClientKey6,
+    NAT_FORWARD_V6,
+    NAT_REVERSE_V6,
+    attend_v6,
+    look_after_v6,
+    refusal_v6,
+    search_v6,
+    settle_v6,
+    take_over_v6,
+    in_vain_v6,
+    probe_v6,
+    mend_v6
+);

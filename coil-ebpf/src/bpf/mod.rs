@@ -27,9 +27,10 @@ use coil_ebpf::{
         dropped,
         fast::{self, Usual},
         fragment, from_pod,
-        gateway::{self, Direction},
+        gateway::{self, Attention, Direction},
         inbound,
         near::Near,
+        open::Shape,
         shortcut::is_reply,
         to_pod,
     },
@@ -70,6 +71,20 @@ impl Outcome {
     const MISS: u64 = 4;
     /// It is tunnelled, belongs to a flow that was answered, and may leave past the stack.
     const ONWARD: u64 = 7;
+    /// The translation must be looked after first.
+    const ATTEND: u64 = 9;
+
+    /// It must be looked after first as this says.
+    #[inline(always)]
+    const fn attend(attention: Attention) -> u64 {
+        Self::ATTEND | ((attention.at as u64) << 8) | ((attention.shape.0 as u64) << 32)
+    }
+
+    /// How it must be.
+    #[inline(always)]
+    const fn attention(outcome: u64) -> Attention {
+        Attention { shape: Shape((outcome >> 32) as u32), at: (outcome >> 8 & 0xff) as u8 }
+    }
 
     /// It goes to another pod of this node at once: see [`near`].
     const NEAR: u64 = 8;
@@ -87,6 +102,11 @@ impl Outcome {
     }
 }
 
+/// What is known of a packet that is decided again: its datagram has been noted.
+const NOTED: u32 = 1 << 0;
+/// Its translation has been looked after.
+const ATTENDED: u32 = 1 << 1;
+
 /// Set by the loader before it loads the programs.
 #[unsafe(no_mangle)]
 #[used]
@@ -96,12 +116,18 @@ static CONFIG: Config = Config {
     fou_port: [0; 2],
     nat_port_first: 0,
     nat_port_last: 0,
-    nat_port_excluded: [0; 5],
+    nat_id_first: 0,
+    nat_id_last: 0,
+    pad: [0; 2],
     mtu: 0,
     flags: 0,
     seed: 0,
     icmp_rate: 0,
     icmp_burst: 0,
+    nat_admit: 0,
+    nat_client_flows: 0,
+    nat_client_ports: 0,
+    pod_flows: 0,
 };
 
 /// The configuration as the loader left it, which the compiler must not think it knows.
@@ -126,7 +152,7 @@ fn from_pod(ctx: TcContext) -> i32 {
             }
             let outcome = or(short, || {
                 let noted = served && note_first::<V4>(&mut skb);
-                from_pod_v4(skb.raw, noted.into())
+                from_pod_v4(skb.raw, u32::from(noted) * NOTED)
             });
             let outcome = or_odd::<V4>(skb.raw, Hook::FromPod, outcome);
             let outcome = or_again(outcome, || Outcome::drop(DropReason::ExtensionHeaders).0);
@@ -139,7 +165,7 @@ fn from_pod(ctx: TcContext) -> i32 {
             }
             let outcome = or(short, || {
                 let noted = served && note_first::<V6>(&mut skb);
-                from_pod_v6(skb.raw, noted.into())
+                from_pod_v6(skb.raw, u32::from(noted) * NOTED)
             });
             let outcome = or_odd::<V6>(skb.raw, Hook::FromPod, outcome);
             let outcome = or_again(outcome, || Outcome::drop(DropReason::ExtensionHeaders).0);
@@ -173,7 +199,7 @@ fn to_pod(ctx: TcContext) -> i32 {
                 to_pod_v4(skb.raw, 0)
             });
             let outcome = or_odd::<V4>(skb.raw, Hook::ToPod, outcome);
-            let outcome = or_again(outcome, || to_pod_v4(skb.raw, 1));
+            let outcome = or_again(outcome, || to_pod_v4(skb.raw, NOTED));
             finish::<V4>(&mut skb, HOOK_TO_POD, outcome)
         }
         Ok(EtherType::V6) => {
@@ -185,7 +211,7 @@ fn to_pod(ctx: TcContext) -> i32 {
                 to_pod_v6(skb.raw, 0)
             });
             let outcome = or_odd::<V6>(skb.raw, Hook::ToPod, outcome);
-            let outcome = or_again(outcome, || to_pod_v6(skb.raw, 1));
+            let outcome = or_again(outcome, || to_pod_v6(skb.raw, NOTED));
             finish::<V6>(&mut skb, HOOK_TO_POD, outcome)
         }
         Ok(EtherType::Other) | Err(_) => TC_ACT_UNSPEC,
@@ -223,6 +249,7 @@ macro_rules! act {
             },
             Ok(Verdict::Refuse(refusal)) => Outcome::refuse(&refusal).0,
             Ok(Verdict::Fragment) => Outcome::FRAGMENT,
+            Ok(Verdict::Attend(attention)) => Outcome::attend(attention),
             Ok(Verdict::Icmp) => Outcome::ICMP,
             Err(reason) => Outcome::drop(reason).0,
         }
@@ -382,14 +409,14 @@ macro_rules! functions {
     ($($v4:ident, $v6:ident: $run:ident;)+) => {$(
         #[unsafe(no_mangle)]
         #[inline(never)]
-        extern "C" fn $v4(raw: *mut __sk_buff, noted: u32) -> u64 {
-            $run::<V4>(raw, noted != 0)
+        extern "C" fn $v4(raw: *mut __sk_buff, known: u32) -> u64 {
+            $run::<V4>(raw, known)
         }
 
         #[unsafe(no_mangle)]
         #[inline(never)]
-        extern "C" fn $v6(raw: *mut __sk_buff, noted: u32) -> u64 {
-            $run::<V6>(raw, noted != 0)
+        extern "C" fn $v6(raw: *mut __sk_buff, known: u32) -> u64 {
+            $run::<V6>(raw, known)
         }
     )+};
 }
@@ -402,17 +429,17 @@ functions! {
 }
 
 #[inline(always)]
-fn out<F: Family>(raw: *mut __sk_buff, noted: u32) -> u64 {
-    if F::INDEX == 0 { gateway_out_v4(raw, noted) } else { gateway_out_v6(raw, noted) }
+fn out<F: Family>(raw: *mut __sk_buff, known: u32) -> u64 {
+    if F::INDEX == 0 { gateway_out_v4(raw, known) } else { gateway_out_v6(raw, known) }
 }
 
 #[inline(always)]
-fn back<F: Family>(raw: *mut __sk_buff, noted: u32) -> u64 {
-    if F::INDEX == 0 { gateway_back_v4(raw, noted) } else { gateway_back_v6(raw, noted) }
+fn back<F: Family>(raw: *mut __sk_buff, known: u32) -> u64 {
+    if F::INDEX == 0 { gateway_back_v4(raw, known) } else { gateway_back_v6(raw, known) }
 }
 
 #[inline(always)]
-fn from_pod_ip<F: Parse + Build>(raw: *mut __sk_buff, noted: bool) -> u64
+fn from_pod_ip<F: Parse + Build>(raw: *mut __sk_buff, known: u32) -> u64
 where
     Maps: NodeTables<F>,
 {
@@ -421,7 +448,7 @@ where
         return Outcome::PASS.0;
     };
     let mut rewrite = Rewrite::new();
-    rewrite.noted = noted;
+    rewrite.noted = known & NOTED != 0;
     act!(
         skb,
         rewrite,
@@ -431,7 +458,7 @@ where
 }
 
 #[inline(always)]
-fn to_pod_ip<F: Outer + Build>(raw: *mut __sk_buff, noted: bool) -> u64
+fn to_pod_ip<F: Outer + Build>(raw: *mut __sk_buff, known: u32) -> u64
 where
     Maps: NodeTables<F>,
 {
@@ -440,7 +467,7 @@ where
         return Outcome::PASS.0;
     };
     let mut rewrite = Rewrite::new();
-    rewrite.noted = noted;
+    rewrite.noted = known & NOTED != 0;
     act!(
         skb,
         rewrite,
@@ -480,8 +507,9 @@ where
             }
             let short = if encap.is_ipip() { fast_out::<F, true>(ctx) } else { Outcome::MISS };
             let outcome = or(short, || out::<F>(skb.raw, 0));
+            let outcome = or_attended::<F>(outcome, || out::<F>(skb.raw, ATTENDED));
             let outcome = or_odd::<F>(skb.raw, Hook::Out, outcome);
-            let outcome = or_again(outcome, || out::<F>(skb.raw, 1));
+            let outcome = or_again(outcome, || out::<F>(skb.raw, NOTED | ATTENDED));
             // On the short way that is known; on this one only if nobody ever spoke but by FOU.
             if short == Outcome::MISS && outcome == Outcome::BACK.0 && maps::speaks_otherwise(encap) {
                 note_encap::<F>(skb.raw, encap);
@@ -490,20 +518,43 @@ where
         }
         Direction::Back => {
             let outcome = or_odd::<F>(skb.raw, Hook::Back, back::<F>(skb.raw, 0));
-            or_again(outcome, || back::<F>(skb.raw, 1))
+            or_again(outcome, || back::<F>(skb.raw, NOTED))
         }
         Direction::Neither => near::out::<F>(skb.raw),
     }
 }
 
+/// The outcome, or that of a second look once the translation has been looked after.
 #[inline(always)]
-fn gateway_out<F: Outer + Build>(raw: *mut __sk_buff, noted: bool) -> u64
+fn or_attended<F: Build>(outcome: u64, again: impl FnOnce() -> u64) -> u64
+where
+    Maps: NatTables<F>,
+{
+    if outcome & 0xff != Outcome::ATTEND {
+        return outcome;
+    }
+    let attention = Outcome::attention(outcome);
+    match NatTables::<F>::attend(&Maps, attention.shape, config()) {
+        Ok(()) => again(),
+        Err(reason) => {
+            let counted = u64::from(reason) << 8;
+            match attention.refused::<F>(reason) {
+                Ok(answer) => Outcome::REFUSE | counted | (answer.pack() << 16),
+                Err(_) => Outcome::DROP | counted,
+            }
+        }
+    }
+}
+
+#[inline(always)]
+fn gateway_out<F: Outer + Build>(raw: *mut __sk_buff, known: u32) -> u64
 where
     Maps: NatTables<F>,
 {
     let mut skb = Skb::of(raw);
     let mut rewrite = Rewrite::new();
-    rewrite.noted = noted;
+    rewrite.noted = known & NOTED != 0;
+    rewrite.attended = known & ATTENDED != 0;
     act!(
         skb,
         rewrite,
@@ -536,13 +587,13 @@ extern "C" fn note_encap_v6(raw: *mut __sk_buff, encap: u32) -> u64 {
 }
 
 #[inline(always)]
-fn gateway_back<F: Outer + Build>(raw: *mut __sk_buff, noted: bool) -> u64
+fn gateway_back<F: Outer + Build>(raw: *mut __sk_buff, known: u32) -> u64
 where
     Maps: NatTables<F>,
 {
     let mut skb = Skb::of(raw);
     let mut rewrite = Rewrite::new();
-    rewrite.noted = noted;
+    rewrite.noted = known & NOTED != 0;
     act!(
         skb,
         rewrite,

@@ -21,9 +21,9 @@ use coil_ebpf::{
 };
 
 use super::{
-    Outcome, act, apply, config,
+    ATTENDED, Outcome, act, apply, config,
     maps::{self, Maps},
-    note_encap,
+    note_encap, or_attended,
     skb::Skb,
 };
 
@@ -113,11 +113,28 @@ where
     if short != Outcome::MISS {
         return short;
     }
-    let outcome = if F::INDEX == 0 { near_out_v4(raw) } else { near_out_v6(raw) };
+    let outcome = or_attended::<F>(long_way::<F>(raw, 0), || long_way::<F>(raw, ATTENDED));
     if outcome == Outcome::BACK.0 && maps::speaks_otherwise(Encap::DIRECT) {
         note_encap::<F>(raw, Encap::DIRECT);
     }
     outcome
+}
+
+#[inline(always)]
+fn long_way<F: Family>(raw: *mut __sk_buff, known: u32) -> u64 {
+    if F::INDEX == 0 { near_out_v4(raw, known) } else { near_out_v6(raw, known) }
+}
+
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn near_out_v4(raw: *mut __sk_buff, known: u32) -> u64 {
+    long::<V4>(raw, known)
+}
+
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn near_out_v6(raw: *mut __sk_buff, known: u32) -> u64 {
+    long::<V6>(raw, known)
 }
 
 macro_rules! functions {
@@ -138,7 +155,6 @@ macro_rules! functions {
 
 functions! {
     near_fast_v4, near_fast_v6: fast;
-    near_out_v4, near_out_v6: long;
 }
 
 #[inline(always)]
@@ -161,12 +177,13 @@ where
 }
 
 #[inline(always)]
-fn long<F: Usual>(raw: *mut __sk_buff) -> u64
+fn long<F: Usual>(raw: *mut __sk_buff, known: u32) -> u64
 where
     Maps: NatTables<F>,
 {
     let mut skb = Skb::of(raw);
     let mut rewrite = Rewrite::new();
+    rewrite.attended = known & ATTENDED != 0;
     act!(
         skb,
         rewrite,

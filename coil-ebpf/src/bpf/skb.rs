@@ -230,6 +230,11 @@ impl Packet for Skb {
     }
 
     #[inline(always)]
+    fn interface(&self) -> u32 {
+        self.ifindex()
+    }
+
+    #[inline(always)]
     fn gso_size(&self) -> u32 {
         // SAFETY: the context of a running program is valid.
         unsafe { (*self.raw).gso_size }

@@ -66,10 +66,13 @@ impl<F: Family> Rewrite<F> {
         self.ip.addr = Some((addr_at, to.addr));
         self.cover(ip, delta);
         self.touch(l4);
-        if F::ICMP_PSEUDO || matches!(l4.kind, Kind::Tcp(_) | Kind::Udp) {
+        let covers = !matches!(l4.kind, Kind::Bare) && F::ICMP_PSEUDO;
+        if covers || matches!(l4.kind, Kind::Tcp(_) | Kind::Udp) {
             self.check.pseudo = Some(delta);
         }
-        let edit = PortEdit { at: port_at, old: packet.load::<2>(port_at)?, new: to.port };
+        let old = packet.load::<2>(port_at)?;
+        let new = if matches!(l4.kind, Kind::Bare) { old } else { to.port };
+        let edit = PortEdit { at: port_at, old, new };
         if edit.changes() {
             self.plain = csum::add(self.plain, csum::delta2(edit.old, edit.new));
         }

@@ -424,7 +424,10 @@ pub fn back<F: Usual, P: Packet, T: NatTables<F>>(
     }
     let flow = flow(&view, &ip, &l4);
     let Some(entry) = tables.reverse(flow.key()) else {
-        return Some(None);
+        // On a port of translation it may be a reply whose translation is about to be rebuilt.
+        let port = u16::from_be(view.half(l4.at + 2));
+        let own = port < config.nat_port_first || port > config.nat_port_last;
+        return if own { Some(None) } else { None };
     };
     let to = tables.translation(entry);
     if to.tick != tables.tick() as u16 || to.state & STATE_REPLY == 0 {

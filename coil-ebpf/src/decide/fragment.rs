@@ -142,9 +142,10 @@ fn note<F: Family, P: Packet, T: Fragments<F>, A>(
     packet: &mut P,
     ip: &Ip<F>,
     now: u32,
+    config: &Config,
     tables: &T,
 ) -> Decision<A> {
-    let l4 = l4::parse(packet, ip)?;
+    let l4 = l4::parse_any(packet, ip, config)?;
     remember(packet, ip, &l4, now, tables)?;
     Ok(Verdict::Fragment)
 }
@@ -197,7 +198,7 @@ pub fn from_pod<F: Parse + Build, P: Packet, T: NodeTables<F>>(
         }
         return match from_pod::policy(pod, &ip.dst, tables)? {
             None => Ok(Verdict::Pass),
-            Some(_) => note(packet, &ip, now, tables),
+            Some(_) => note(packet, &ip, now, config, tables),
         };
     }
     // A first fragment with headers that are of no use is none that could follow another.
@@ -265,7 +266,7 @@ pub fn to_pod<F: Outer, P: Packet, T: NodeTables<F>>(
     let inner = tunnel::inner(packet, &outer)?;
     let now = tables.now();
     if inner.obstacle.is_none() {
-        return note(packet, &inner, now, tables);
+        return note(packet, &inner, now, config, tables);
     }
     rewrite.begin(&inner, Way::On);
     rewrite.take_congestion(&inner, outer.tos);
@@ -304,7 +305,7 @@ pub fn out<F: Outer, P: Packet, T: NatTables<F>>(
     let inner = tunnel::inner(packet, &outer)?;
     let now = tables.now();
     if inner.obstacle.is_none() {
-        return note(packet, &inner, now, tables);
+        return note(packet, &inner, now, config, tables);
     }
     let flow = follow(packet, &inner, now, tables)?;
     let entry = tables.forward(flow.key()).ok_or(DropReason::FragmentUnknown)?;
@@ -345,7 +346,7 @@ pub fn back<F: Parse + Build, P: Packet, T: NatTables<F>>(
         if ip.protocol == F::IPIP {
             return Err(DropReason::OuterFragment);
         }
-        let Ok(l4) = l4::parse(packet, &ip) else {
+        let Ok(l4) = l4::parse_any(packet, &ip, config) else {
             return Ok(Verdict::Pass);
         };
         if ip.protocol == UDP && u16::from_ne_bytes(l4.dst_port) == u16::from_ne_bytes(config.fou_port) {

@@ -6,6 +6,7 @@
 use coil_common::{
     config::Config,
     stats::{Direction, DropReason},
+    usage::pod_cells,
     values::{
         EGRESS_BLOCK, EGRESS_CLIENT_AFFINITY, EGRESS_DELETED, EGRESS_DIRECT, EGRESS_SOURCE_PORT_AUTO,
         EgressValue, FlowValue, GATEWAY_DRAINING, GATEWAY_GONE, MAGLEV_SLOTS, NO_POLICY, POD_ANY_SOURCE,
@@ -21,8 +22,9 @@ use crate::{
     head::{Build, Tunnel},
     packet::{ETHERNET, Packet},
     parse::{Ip, L4, Parse, l4, mss},
-    tables::{NodeTables, Tally},
-    verdict::{Decision, Rewrite, Verdict, Way, source_port},
+    tables::{Full, NodeTables, Tally},
+    usage,
+    verdict::{Decision, Refusal, Rewrite, Verdict, Way, source_port},
 };
 
 /// How a tunnelled packet counts.
@@ -75,7 +77,7 @@ pub fn from_pod<F: Parse + Build, P: Packet, T: NodeTables<F>>(
     if pod.set == NO_POLICY || pod.flags & POD_GATEWAY != 0 || F::is_local_scope(&ip.dst) {
         return Ok(Verdict::Pass);
     }
-    let l4 = match l4::parse(packet, &ip) {
+    let l4 = match l4::parse_any(packet, &ip, config) {
         Ok(l4) => l4,
         Err(DropReason::Fragment) => return Ok(Verdict::Fragment),
         Err(DropReason::UnsupportedIcmp) => return Ok(Verdict::Icmp),
@@ -112,9 +114,21 @@ pub fn from_pod<F: Parse + Build, P: Packet, T: NodeTables<F>>(
             known
         }
         Change::Entry => {
-            let value = FlowValue { last_seen: now, created: now, ..choice.value };
+            let Ok(cells) = admit(packet.interface(), known.is_some(), config, tables) else {
+                return Ok(Verdict::Refuse(Refusal::prohibited(&ip, DropReason::PodFlowQuota)));
+            };
+            let value = FlowValue {
+                last_seen: now,
+                created: now,
+                pod: (packet.interface() & 0xffff) as u16,
+                ..choice.value
+            };
             if tables.put_flow(flow.key(), &value).is_err() {
                 return Err(DropReason::FlowTableFull);
+            }
+            if known.is_none() {
+                tables.pod_uses_more(cells[0]);
+                tables.pod_uses_more(cells[1]);
             }
             tables.flow(flow.key())
         }
@@ -150,6 +164,23 @@ pub fn from_pod<F: Parse + Build, P: Packet, T: NodeTables<F>>(
         direction: Direction::Tx,
         tally: wire::tally(packet, &ip, &l4, now, state),
     }))
+}
+
+/// Where a pod's flows are counted, unless it has so many that it may not have another one.
+#[inline(always)]
+fn admit<F: Family, T: NodeTables<F>>(
+    ifindex: u32,
+    known: bool,
+    config: &Config,
+    tables: &T,
+) -> Result<[u32; 2], Full> {
+    let cells = pod_cells(F::INDEX, usage::pod(config.seed, (ifindex & 0xffff) as u16));
+    let most = i64::from(config.pod_flows);
+    let over = |cell: u32| tables.pod_usage(cell) >= most;
+    if most != 0 && !known && over(cells[0]) && over(cells[1]) {
+        return Err(Full);
+    }
+    Ok(cells)
 }
 
 /// What must be written to the flow table.

@@ -9,7 +9,12 @@ use coil_common::{
     stats::{DropReason, GatewayStat},
 };
 
-use super::{edit::End, nat, near, wire};
+use super::{
+    edit::End,
+    nat, near,
+    open::{self, Shape},
+    wire,
+};
 use crate::{
     encap::Encap,
     family::Family,
@@ -19,8 +24,8 @@ use crate::{
         Parse, l4, mss,
         tunnel::{self, Outer},
     },
-    tables::{NatTables, Ports, Tally},
-    verdict::{Decision, Refusal, Rewrite, Verdict, Way, source_port},
+    tables::{NatTables, Tally},
+    verdict::{Answer, Decision, Path, Refusal, Rewrite, Verdict, Way, source_port},
 };
 
 /// How a translated packet counts.
@@ -40,31 +45,6 @@ impl<E: Copy> Account<E> {
     pub fn commit<F: Family, T: NatTables<F, Entry = E>>(&self, tables: &T) {
         tables.count_entry(self.entry, &self.tally);
         tables.count_gateway(self.stat, self.tally.packets, self.tally.bytes);
-    }
-}
-
-/// All ports of the gateway's own address.
-pub struct OwnPorts<'a>(pub &'a Config);
-
-impl<F: Family> Ports<F> for OwnPorts<'_> {
-    #[inline(always)]
-    fn address(&self) -> F::Addr {
-        F::of_config(self.0)
-    }
-
-    #[inline(always)]
-    fn range(&self) -> (u16, u16) {
-        (self.0.nat_port_first, self.0.nat_port_last)
-    }
-
-    #[inline(always)]
-    fn is_excluded(&self, port: u16) -> bool {
-        let [a, b, c, d, e] = self.0.nat_port_excluded;
-        // One comparison for the verifier: a product is zero if one of its factors is. Four factors
-        // of 16 bits fit.
-        let differs = |other: u16| u64::from(port ^ other);
-        let four = differs(a) * differs(b) * differs(c) * differs(d);
-        four == 0 || differs(e) * differs(0) == 0
     }
 }
 
@@ -115,7 +95,36 @@ pub fn gateway<F: Outer + Build, P: Packet, T: NatTables<F>>(
     }
 }
 
-/// Decides about a tunnelled packet: unpacked, translated and sent on.
+/// What [`open`] must do for a tunnelled packet before it can be decided: a step of its own, since it
+/// needs the stack that [`out`] needs too. The flow itself is what [`NatTables::ask`] was told last.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Attention {
+    /// What the packet is to the translation of its flow.
+    pub shape: Shape,
+    /// Offset of the inner packet.
+    pub at: u8,
+}
+
+impl Attention {
+    /// What becomes of the packet if there is no translation for the reason with this index. There will
+    /// be none for a while, so that its sender need not wait; but nothing is said about what belongs to
+    /// no flow.
+    ///
+    /// # Errors
+    ///
+    /// The same index if it is only dropped.
+    #[inline(always)]
+    pub const fn refused<F: Build>(&self, reason: u32) -> Result<Answer, u32> {
+        if open::is_refusal(reason) {
+            let path = if self.at as usize == ETHERNET { Path::Back } else { Path::Tunnel };
+            return Ok(Answer { at: self.at, path, kind: F::PROHIBITED, mtu: 0 });
+        }
+        Err(reason)
+    }
+}
+
+/// Decides about a tunnelled packet: unpacked, translated and sent on. Once for a flow, once a second,
+/// and where a packet changes its state, the translation must first be looked after.
 ///
 /// # Errors
 ///
@@ -141,7 +150,7 @@ pub fn out<F: Outer + Build, P: Packet, T: NatTables<F>>(
     if F::is_local_scope(&inner.dst) || F::same(&inner.dst, &F::of_config(config)) {
         return Err(DropReason::ForbiddenDestination);
     }
-    let l4 = match l4::parse(packet, &inner) {
+    let l4 = match l4::parse_any(packet, &inner, config) {
         Ok(l4) => l4,
         Err(DropReason::Fragment) => return Ok(Verdict::Fragment),
         Err(DropReason::UnsupportedIcmp) => return Ok(Verdict::Icmp),
@@ -152,7 +161,14 @@ pub fn out<F: Outer + Build, P: Packet, T: NatTables<F>>(
     }
     let flow = l4.flow(&inner);
     let now = tables.now();
-    let entry = nat::outbound(&flow, &l4, &OwnPorts(config), config.seed, now, tables)?;
+    let known = tables.forward(flow.key());
+    if !rewrite.attended && !nat::is_settled(known, &l4, now, tables) {
+        tables.ask(&flow);
+        let shape = Shape::of(&l4, inner.protocol);
+        return Ok(Verdict::Attend(Attention { shape, at: inner.at as u8 }));
+    }
+    // Should it be removed under our hands, the next packet finds or makes it.
+    let entry = known.ok_or(DropReason::NoState)?;
     let to = tables.translation(entry);
     if inner.fragment != 0 && !rewrite.noted {
         return Ok(Verdict::Fragment);
@@ -191,7 +207,7 @@ pub fn back<F: Parse + Build, P: Packet, T: NatTables<F>>(
         return Ok(Verdict::Pass);
     };
     let ip = &ip;
-    let l4 = match l4::parse(packet, ip) {
+    let l4 = match l4::parse_any(packet, ip, config) {
         Ok(l4) => l4,
         Err(DropReason::Fragment) => return Ok(Verdict::Fragment),
         Err(DropReason::UnsupportedIcmp) => return Ok(Verdict::Icmp),
@@ -201,6 +217,9 @@ pub fn back<F: Parse + Build, P: Packet, T: NatTables<F>>(
     let now = tables.now();
     let flow = l4.flow(ip);
     let Some(entry) = nat::inbound(&flow, now, tables) else {
+        if !nat::is_own::<F, T, _>(&flow, &l4, &nat::OwnPorts(config), tables) {
+            return Err(DropReason::UnknownReply);
+        }
         return Ok(if ip.fragment == 0 { Verdict::Pass } else { Verdict::Fragment });
     };
     if ip.ttl <= 1 {
@@ -235,6 +254,7 @@ pub fn back<F: Parse + Build, P: Packet, T: NatTables<F>>(
         });
     }
     let state = wire::shows(&l4, true, &wire::RESPONDER);
+    let state = nat::believed(state, &flow, entry, now, tables);
     Ok(Verdict::Rewrite(Account {
         entry,
         stat: if F::INDEX == 0 { GatewayStat::ReplyV4 } else { GatewayStat::ReplyV6 },

@@ -18,7 +18,7 @@ use coil_common::{
 
 use super::{
     from_pod::{self, Account},
-    gateway::OwnPorts,
+    nat::OwnPorts,
     wire,
 };
 use crate::{
@@ -30,7 +30,7 @@ use crate::{
     packet::{ETHERNET, Packet},
     parse::{
         Ip, l4,
-        quote::{self, ICMP_HEADER, Icmp, Quote, QuoteEdit, Quoted, QuotedEnd},
+        quote::{self, ICMP_HEADER, Icmp, Place, Quote, QuoteEdit, Quoted, QuotedEnd},
         tunnel::{self, Outer, same},
     },
     tables::{NatTables, NodeTables, Ports, Tally},
@@ -221,7 +221,7 @@ pub fn from_pod<F: Quoted + Build, P: Packet, T: NodeTables<F>>(
     if ip.fragment != 0 {
         return Err(DropReason::Fragment);
     }
-    let quote = quote::parse(packet, ip.l4 + ICMP_HEADER, ip.end())?;
+    let quote = quote::parse(packet, ip.l4 + ICMP_HEADER, ip.end(), config)?;
     let own = F::of_pod(pod);
     if !F::same(&quote.dst, &own) || !F::same(&ip.src, &own) || !F::same(&quote.src, &ip.dst) {
         return Err(DropReason::IcmpMismatch);
@@ -270,7 +270,7 @@ pub fn to_pod<F: Quoted + Outer + Build, P: Packet, T: NodeTables<F>>(
     // What is wrong with it the gateway should have seen; it counts if it can be counted.
     let quoted = match quote::error(packet, &inner) {
         Ok(Some(_)) if inner.fragment == 0 => {
-            quote::parse::<F, P>(packet, inner.l4 + ICMP_HEADER, inner.end())
+            quote::parse::<F, P>(packet, inner.l4 + ICMP_HEADER, inner.end(), config)
         }
         _ => return Ok(Verdict::Rewrite(None)),
     };
@@ -317,7 +317,7 @@ fn outside<F: Quoted + Build, P: Packet, T: NodeTables<F>>(
         Ok(Some(icmp)) if is_too_big::<F>(&icmp) => icmp,
         _ => return Ok(Verdict::Pass),
     };
-    let Ok(outer) = quote::parse::<F, P>(packet, ip.l4 + ICMP_HEADER, ip.end()) else {
+    let Ok(outer) = quote::parse::<F, P>(packet, ip.l4 + ICMP_HEADER, ip.end(), config) else {
         return Ok(Verdict::Pass);
     };
     let own = F::of_pod(pod);
@@ -327,7 +327,7 @@ fn outside<F: Quoted + Build, P: Packet, T: NodeTables<F>>(
     if !F::same(&outer.src, &own) || !tables.is_peer(pod.set, &outer.dst) {
         return Ok(Verdict::Pass);
     }
-    let inner = quote::parse::<F, P>(packet, inside(&outer, encap), ip.end())?;
+    let inner = quote::parse::<F, P>(packet, inside(&outer, encap), ip.end(), config)?;
     if !F::same(&inner.src, &own) {
         return Err(DropReason::IcmpMismatch);
     }
@@ -377,7 +377,7 @@ pub fn out<F: Quoted + Outer + Build, P: Packet, T: NatTables<F>>(
     if inner.fragment != 0 {
         return Err(DropReason::Fragment);
     }
-    let quote = quote::parse(packet, inner.l4 + ICMP_HEADER, inner.end())?;
+    let quote = quote::parse(packet, inner.l4 + ICMP_HEADER, inner.end(), config)?;
     if !F::same(&quote.dst, &inner.src) || !F::same(&quote.src, &inner.dst) {
         return Err(DropReason::IcmpMismatch);
     }
@@ -422,7 +422,7 @@ pub fn back<F: Quoted + Build, P: Packet, T: NatTables<F>>(
     if ip.fragment != 0 {
         return Err(DropReason::Fragment);
     }
-    let quote = quote::parse(packet, ip.l4 + ICMP_HEADER, ip.end())?;
+    let quote = quote::parse(packet, ip.l4 + ICMP_HEADER, ip.end(), config)?;
     if !F::same(&quote.src, &ip.dst) {
         return Err(DropReason::IcmpMismatch);
     }
@@ -432,7 +432,7 @@ pub fn back<F: Quoted + Build, P: Packet, T: NatTables<F>>(
         if !is_too_big::<F>(&icmp) {
             return Ok(Verdict::Pass);
         }
-        let inner = quote::parse(packet, inside(&quote, encap), ip.end())?;
+        let inner = quote::parse(packet, inside(&quote, encap), ip.end(), config)?;
         if !F::same(&inner.dst, &quote.dst) {
             return Err(DropReason::IcmpMismatch);
         }
@@ -445,7 +445,7 @@ pub fn back<F: Quoted + Build, P: Packet, T: NatTables<F>>(
     let flow = quote.flow().reversed();
     let Some(entry) = tables.reverse(flow.key()) else {
         // The local stack has ports of its own.
-        return if is_own::<F>(&quote, config) { Ok(Verdict::Pass) } else { Err(DropReason::IcmpNoFlow) };
+        return if is_own(&quote, config, tables) { Ok(Verdict::Pass) } else { Err(DropReason::IcmpNoFlow) };
     };
     if ip.ttl <= 1 {
         return Err(DropReason::TtlExceeded);
@@ -474,9 +474,13 @@ pub fn back<F: Quoted + Build, P: Packet, T: NatTables<F>>(
 
 /// The quoted packet was sent from a port that translation does not use.
 #[inline(always)]
-fn is_own<F: Family>(quote: &Quote<F>, config: &Config) -> bool {
-    let ports = OwnPorts(config);
+fn is_own<F: Family, T: NatTables<F>>(quote: &Quote<F>, config: &Config, tables: &T) -> bool {
     let port = u16::from_be_bytes(quote.src_port);
-    let (first, last) = Ports::<F>::range(&ports);
-    port < first || port > last || Ports::<F>::is_excluded(&ports, port)
+    let identifier = matches!(quote.place, Place::Identifier);
+    let (first, last) = Ports::<F>::range(&OwnPorts(config), identifier);
+    // Without ports there is nothing to tell them apart by.
+    if matches!(quote.place, Place::None) {
+        return true;
+    }
+    port < first || port > last || (!identifier && tables.is_excluded(quote.protocol == UDP, port))
 }

@@ -54,7 +54,7 @@ pub fn note<F: Parse, P: Packet, T: NodeTables<F>>(
     let ignored = match l4.kind {
         Kind::Tcp(_) | Kind::EchoRequest => false,
         Kind::Udp => l4.dst_port == config.fou_port,
-        Kind::EchoReply => true,
+        Kind::EchoReply | Kind::Bare => true,
     };
     if ignored {
         return;

@@ -10,6 +10,7 @@ pub mod icmp;
 pub mod inbound;
 pub mod nat;
 pub mod near;
+pub mod open;
 pub mod shortcut;
 pub mod to_pod;
 mod wire;

@@ -12,15 +12,17 @@
 
 use coil_common::{
     config::Config,
-    stats::{Direction, GatewayStat},
+    stats::{Direction, DropReason, GatewayStat},
     values::{POD_GATEWAY, PodValue, STATE_CONFIRMED},
 };
 
 use super::{
     edit::End,
     fast::{self, EntryHit, FlowHit, Usual},
-    gateway::{Account, OwnPorts},
-    nat, wire,
+    gateway::{Account, Attention},
+    nat,
+    open::Shape,
+    wire,
 };
 use crate::{
     family::Family,
@@ -140,7 +142,12 @@ pub fn out_long<F: Usual, P: Packet, T: NatTables<F>>(
     }
     let flow = l4.flow(&ip);
     let now = tables.now();
-    let entry = nat::outbound(&flow, &l4, &OwnPorts(config), config.seed, now, tables)?;
+    let known = tables.forward(flow.key());
+    if !rewrite.attended && !nat::is_settled(known, &l4, now, tables) {
+        tables.ask(&flow);
+        return Ok(Verdict::Attend(Attention { shape: Shape::of(&l4, ip.protocol), at: ETHERNET as u8 }));
+    }
+    let entry = known.ok_or(DropReason::NoState)?;
     let to = tables.translation(entry);
     rewrite.begin_at(ETHERNET, Way::Back);
     rewrite.decrement_ttl(&ip);
@@ -159,7 +166,7 @@ pub(super) const fn takes<F: Family>(ip: &Ip<F>, l4: &L4) -> bool {
     let data = match l4.kind {
         Kind::Tcp(flags) => flags & (SYN | FIN | RST) == 0,
         Kind::Udp => true,
-        Kind::EchoRequest | Kind::EchoReply => false,
+        Kind::EchoRequest | Kind::EchoReply | Kind::Bare => false,
     };
     data && ip.fragment == 0 && l4.at == ip.at + F::HEADER
 }

@@ -190,7 +190,7 @@ mod tests {
     fn tunnelled(inner: &[u8]) -> Memory {
         let outer = build::Ip::new([10, 1, 0, 2], [10, 2, 0, 2]);
         let bytes = build::ethernet(&outer.udp((40_000, 5555), inner));
-        Memory { bytes, gso_size: 0, gso_segments: 0 }
+        Memory::new(bytes)
     }
 
     fn inner() -> build::Ip {
@@ -243,7 +243,7 @@ mod tests {
         let other = Config { fou_port: 5556u16.to_be_bytes(), ..config };
         assert!(!is(&packet, &other, [10, 1, 0, 2]));
         let tcp = build::ethernet(&inner().tcp((1, 5555), ACK, &[], &[7; 50]));
-        let tcp = Memory { bytes: tcp, gso_size: 0, gso_segments: 0 };
+        let tcp = Memory::new(tcp);
         assert!(!is(&tcp, &config, [10, 1, 0, 2]));
     }
 

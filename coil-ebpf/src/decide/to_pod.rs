@@ -63,7 +63,7 @@ pub fn to_pod<F: Outer, P: Packet, T: NodeTables<F>>(
     rewrite.pop = rewrite.ip.at - ETHERNET;
     // What cannot be translated (a fragment from a gateway of an older release) is delivered all the
     // same; it belongs to no flow.
-    let l4 = match l4::parse(packet, &inner) {
+    let l4 = match l4::parse_any(packet, &inner, config) {
         Ok(l4) => l4,
         Err(DropReason::Fragment) => return Ok(Verdict::Fragment),
         Err(DropReason::UnsupportedIcmp) => return Ok(Verdict::Icmp),

@@ -158,7 +158,7 @@ mod tests {
         let ip = build::Ip::new([10, 1, 0, 2], [192, 0, 2, 2]);
         let udp = ip.udp((1, 2), &[7; 1000]);
         let tcp = ip.tcp((1, 2), ACK, &[], &[7; 1000]);
-        [udp, tcp].map(|packet| Memory { bytes: build::ethernet(&packet), gso_size: 300, gso_segments: 0 })
+        [udp, tcp].map(|packet| Memory { gso_size: 300, ..Memory::new(build::ethernet(&packet)) })
     }
 
     #[test]

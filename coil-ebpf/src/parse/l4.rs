@@ -1,10 +1,13 @@
 //! Transport headers: TCP, UDP, ICMP echo.
 
-use coil_common::stats::DropReason;
+use coil_common::{
+    config::{CONFIG_ADDRESS_ONLY, Config},
+    stats::DropReason,
+};
 
 use super::Ip;
 use crate::{
-    family::Family,
+    family::{Family, V4, V6},
     flow::Flow,
     head::{TCP, UDP},
     packet::Packet,
@@ -30,6 +33,8 @@ pub enum Kind {
     EchoRequest,
     /// ICMP echo reply.
     EchoReply,
+    /// A protocol without ports that are known here.
+    Bare,
 }
 
 /// The facts of a transport header.
@@ -59,6 +64,7 @@ impl L4 {
             Kind::Tcp(_) => self.at + 16,
             Kind::Udp => self.at + 6,
             Kind::EchoRequest | Kind::EchoReply => self.at + 2,
+            Kind::Bare => self.at,
         }
     }
 
@@ -67,7 +73,7 @@ impl L4 {
     #[must_use]
     pub const fn src_port_at(&self) -> usize {
         match self.kind {
-            Kind::Tcp(_) | Kind::Udp => self.at,
+            Kind::Tcp(_) | Kind::Udp | Kind::Bare => self.at,
             Kind::EchoRequest | Kind::EchoReply => self.at + 4,
         }
     }
@@ -77,7 +83,7 @@ impl L4 {
     #[must_use]
     pub const fn dst_port_at(&self) -> usize {
         match self.kind {
-            Kind::Tcp(_) | Kind::Udp => self.at + 2,
+            Kind::Tcp(_) | Kind::Udp | Kind::Bare => self.at + 2,
             Kind::EchoRequest | Kind::EchoReply => self.at + 4,
         }
     }
@@ -97,6 +103,51 @@ impl L4 {
     #[must_use]
     pub fn flow<F: Family>(&self, ip: &Ip<F>) -> Flow<F> {
         Flow::new(&ip.src, &ip.dst, self.src_port, self.dst_port, ip.protocol)
+    }
+}
+
+/// Protocols that survive a change of their addresses, since no checksum of theirs covers one: GRE, ESP,
+/// L2TP, SCTP, and the other family's packets. The same family's are taken for tunnelled ones.
+const BARE: [u8; 4] = [47, 50, 115, 132];
+
+/// The protocol can be translated by its addresses alone.
+#[inline(always)]
+pub(super) fn is_bare<F: Family>(protocol: u8) -> bool {
+    let other = if F::INDEX == 0 { V6::IPIP } else { V4::IPIP };
+    let [a, b, c, d] = BARE.map(|bare| u64::from(bare ^ protocol));
+    // A product is zero if one of its factors is: one comparison for the verifier.
+    a * b * c * d * u64::from(other ^ protocol) == 0
+}
+
+/// Bytes that a packet without known ports must have after its IP header.
+const BARE_ROOM: usize = 4;
+
+/// [`parse`], and what it does not know is taken as it is, if the configuration permits that.
+///
+/// # Errors
+///
+/// As [`parse`].
+#[inline(always)]
+pub fn parse_any<F: Family, P: Packet>(
+    packet: &mut P,
+    ip: &Ip<F>,
+    config: &Config,
+) -> Result<L4, DropReason> {
+    match parse(packet, ip) {
+        Err(reason)
+            if reason as u32 == DropReason::UnsupportedProtocol as u32
+                && config.flags & CONFIG_ADDRESS_ONLY != 0 =>
+        {
+            if !is_bare::<F>(ip.protocol) {
+                return Err(reason);
+            }
+            if ip.payload() < BARE_ROOM {
+                return Err(DropReason::Truncated);
+            }
+            packet.ensure(ip.l4 + BARE_ROOM)?;
+            Ok(L4 { kind: Kind::Bare, at: ip.l4, header: 0, src_port: [0; 2], dst_port: [0; 2] })
+        }
+        parsed => parsed,
     }
 }
 

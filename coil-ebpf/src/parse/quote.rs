@@ -4,9 +4,12 @@
 //! field that says how long the packet was and not how much of it is there. What follows the quote
 //! (extensions, RFC 4884) is nobody's business here. Only the ICMP checksum covers all of it.
 
-use coil_common::stats::DropReason;
+use coil_common::{
+    config::{CONFIG_ADDRESS_ONLY, Config},
+    stats::DropReason,
+};
 
-use super::{Ip, Parse};
+use super::{Ip, Parse, l4::is_bare};
 use crate::{
     csum,
     family::{Family, V4, V6},
@@ -27,6 +30,8 @@ pub enum Place {
     /// The identifier of an ICMP echo, which belongs to the sender of a request and to the receiver
     /// of a reply.
     Identifier,
+    /// Nowhere: only the addresses of the protocol are translated.
+    None,
 }
 
 /// The facts of a quoted packet.
@@ -182,9 +187,14 @@ impl Quoted for V6 {
 /// # Errors
 ///
 /// [`DropReason::IcmpQuoteFragment`] if it is a later fragment, which has no ports;
-/// [`DropReason::IcmpQuote`] if too little of it is there, or it has a protocol without ports.
+/// [`DropReason::IcmpQuote`] if too little of it is there, or it has a protocol that is not translated.
 #[inline(always)]
-pub fn parse<F: Quoted, P: Packet>(packet: &mut P, at: usize, end: usize) -> Result<Quote<F>, DropReason> {
+pub fn parse<F: Quoted, P: Packet>(
+    packet: &mut P,
+    at: usize,
+    end: usize,
+    config: &Config,
+) -> Result<Quote<F>, DropReason> {
     let mut quote = F::quoted_ip(packet, at, end)?;
     let l4 = quote.l4;
     if l4 + 8 > end {
@@ -204,6 +214,10 @@ pub fn parse<F: Quoted, P: Packet>(packet: &mut P, at: usize, end: usize) -> Res
     }
     // A tunnelled packet.
     if quote.protocol == F::IPIP {
+        return Ok(quote);
+    }
+    if config.flags & CONFIG_ADDRESS_ONLY != 0 && is_bare::<F>(quote.protocol) {
+        quote.place = Place::None;
         return Ok(quote);
     }
     if quote.protocol != F::ICMP {
@@ -254,7 +268,9 @@ impl<F: Family> Quote<F> {
         let both = csum::add(address, ports);
         let mut change = both;
         edit.addr = Some((addr_at, to.addr));
-        edit.port = Some((port_at, to.port));
+        if !matches!(self.place, Place::None) {
+            edit.port = Some((port_at, to.port));
+        }
         if let Some(at) = F::CHECK_AT {
             let new = csum::update(self.ip_check, address);
             edit.ip_check = Some((self.at + at, new));

@@ -37,7 +37,7 @@ use crate::{
 /// Runs a packet through a hook: what is left of it, and what happens to it.
 #[must_use]
 pub fn run(hook: Hook, ifindex: u32, packet: &Memory, config: &Config, tables: &Tables) -> (Action, Vec<u8>) {
-    let mut packet = packet.clone();
+    let mut packet = Memory { interface: ifindex, ..packet.clone() };
     let result = match ethertype(&mut packet) {
         Ok(EtherType::V4) => run_family::<V4>(hook, ifindex, &mut packet, config, tables),
         Ok(EtherType::V6) => run_family::<V6>(hook, ifindex, &mut packet, config, tables),
@@ -193,13 +193,27 @@ where
             }
             verdict.map(Counted::Flow)
         }
-        (Hook::Gateway, _)
-            if matches!(gateway::direction::<F, _>(packet, config), gateway::Direction::Neither) =>
-        {
-            near::out_long(packet, config, tables, &mut rewrite)?.map(Counted::Entry)
-        }
         (Hook::Gateway, _) => {
-            let mut verdict = gateway::gateway(packet, config, tables, &mut rewrite)?;
+            let direct = matches!(gateway::direction::<F, _>(packet, config), gateway::Direction::Neither);
+            let decide = |packet: &mut Memory, rewrite: &mut Rewrite<F>| {
+                if direct {
+                    near::out_long(packet, config, tables, rewrite)
+                } else {
+                    gateway::gateway(packet, config, tables, rewrite)
+                }
+            };
+            let mut verdict = decide(packet, &mut rewrite)?;
+            if let Verdict::Attend(attention) = verdict {
+                rewrite = Rewrite { attended: true, ..Rewrite::new() };
+                verdict = match NatTables::<F>::attend(tables, attention.shape, config) {
+                    Ok(()) => decide(packet, &mut rewrite)?,
+                    Err(index) => {
+                        let reason = DropReason::ALL[index as usize];
+                        let answer = attention.refused::<F>(index).map_err(|_| reason)?;
+                        Verdict::Refuse(Refusal { reason, answer })
+                    }
+                };
+            }
             if matches!(verdict, Verdict::Fragment) {
                 rewrite = Rewrite::new();
                 verdict = match gateway::direction::<F, _>(packet, config) {
@@ -208,8 +222,8 @@ where
                 };
             }
             if matches!(verdict, Verdict::Fragment) {
-                rewrite = Rewrite { noted: true, ..Rewrite::new() };
-                verdict = gateway::gateway(packet, config, tables, &mut rewrite)?;
+                rewrite = Rewrite { noted: true, attended: true, ..Rewrite::new() };
+                verdict = decide(packet, &mut rewrite)?;
             }
             verdict.map(Counted::Entry)
         }
@@ -233,8 +247,8 @@ where
         }
         Verdict::Refuse(refusal) => Ok(drop_and_tell::<F>(packet, &refusal, config, tables)),
         Verdict::Icmp => run_icmp::<F>(hook, ifindex, packet, config, tables),
-        // Whoever decides about fragments never says that it is one.
-        Verdict::Fragment => Err(DropReason::RewriteFailed),
+        // Whoever decides about fragments never says that it is one, and nobody asks twice.
+        Verdict::Fragment | Verdict::Attend(_) => Err(DropReason::RewriteFailed),
     }
 }
 

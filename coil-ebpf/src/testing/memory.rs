@@ -6,8 +6,10 @@ use std::{
 };
 
 use coil_common::{
+    config::Config,
     names,
     stats::{Direction, DropReason, GatewayStat, IcmpStat, egress_stat},
+    usage,
     values::{
         Counter, EgressValue, FlowValue, FragmentValue, GatewayValue, NatValue4, NatValue6, PodValue,
         STATE_ENCAP,
@@ -16,9 +18,13 @@ use coil_common::{
 
 use super::entries::{Bytes, Entry, Key, Value};
 use crate::{
-    decide::near::Near,
+    decide::{
+        near::Near,
+        open::{self, How, Shape, Work},
+    },
     encap::Encap,
     family::{Family, V4, V6, addr4, addr6},
+    flow::Flow,
     packet::{Packet, View},
     tables::{Clock, Fragments, Full, NatTables, NodeTables, ReserveError, Tally, Translation},
 };
@@ -32,13 +38,15 @@ pub struct Memory {
     pub gso_size: u32,
     /// Number of segments, 0 if unknown.
     pub gso_segments: u32,
+    /// Index of the interface that it is at.
+    pub interface: u32,
 }
 
 impl Memory {
     /// A packet that is no GSO packet.
     #[must_use]
     pub const fn new(bytes: Vec<u8>) -> Self {
-        Self { bytes, gso_size: 0, gso_segments: 0 }
+        Self { bytes, gso_size: 0, gso_segments: 0, interface: 0 }
     }
 }
 
@@ -90,6 +98,10 @@ impl Packet for Memory {
         u32::try_from(self.bytes.len()).unwrap_or(u32::MAX)
     }
 
+    fn interface(&self) -> u32 {
+        self.interface
+    }
+
     fn gso_size(&self) -> u32 {
         self.gso_size
     }
@@ -123,6 +135,8 @@ pub struct Tables {
     live: RefCell<BTreeMap<(&'static str, Key), Value>>,
     counters: RefCell<BTreeMap<(&'static str, u32), Counter>>,
     capacity: BTreeMap<&'static str, usize>,
+    asked_v4: Cell<Option<Flow<V4>>>,
+    asked_v6: Cell<Option<Flow<V6>>>,
 }
 
 impl Tables {
@@ -173,6 +187,12 @@ impl Tables {
         }
     }
 
+    /// The datapath has removed an entry that the source has.
+    #[must_use]
+    pub fn is_removed(&self, map: &'static str, key: &Key) -> bool {
+        self.removed.borrow().contains(&(map, key.clone()))
+    }
+
     /// Limits a map to so many entries.
     pub fn limit(&mut self, map: &'static str, entries: usize) {
         self.capacity.insert(map, entries);
@@ -182,13 +202,22 @@ impl Tables {
     #[must_use]
     pub fn entries(&self) -> Vec<Entry> {
         let live = self.live.borrow();
-        live.iter().map(|((map, key), value)| Entry { map, key: key.clone(), value: value.clone() }).collect()
+        let hashed = live.iter().filter(|((map, _), _)| !ARRAYS.contains(map));
+        hashed.map(|((map, key), value)| Entry { map, key: key.clone(), value: value.clone() }).collect()
     }
 
     /// All counters that are not zero.
     #[must_use]
     pub fn counters(&self) -> BTreeMap<(&'static str, u32), Counter> {
-        self.counters.borrow().clone()
+        let mut counters = self.counters.borrow().clone();
+        counters.retain(|(map, _), _| *map != names::MAP_PORT_PROBES);
+        counters
+    }
+
+    /// New flows that needed so many tries for a port.
+    #[must_use]
+    pub fn probes(&self, tries: u32) -> u64 {
+        self.counters.borrow().get(&(names::MAP_PORT_PROBES, tries)).map_or(0, |counter| counter.packets)
     }
 
     /// The pod behind an interface.
@@ -231,6 +260,22 @@ impl Tables {
     pub(super) fn live<V: bytemuck::AnyBitPattern>(&self, map: &'static str, key: &Key) -> Option<V> {
         self.fetch(map, key, size_of::<V>());
         self.live.borrow().get(&(map, key.clone())).map(Value::read)
+    }
+
+    /// An element of an array of `u64`.
+    #[must_use]
+    pub fn element(&self, map: &'static str, index: u32) -> u64 {
+        self.live(map, &Key::of(&index)).unwrap_or_default()
+    }
+
+    /// Writes an element of an array of `u64`.
+    pub fn set_element(&self, map: &'static str, index: u32, value: u64) {
+        self.live.borrow_mut().insert((map, Key::of(&index)), Value::of(&value));
+    }
+
+    /// Removes an entry that the datapath has made, as an operator may; true if there was one.
+    pub fn cut(&self, map: &'static str, key: &Key) -> bool {
+        self.live.borrow_mut().remove(&(map, key.clone())).is_some()
     }
 
     pub(super) fn put(
@@ -301,7 +346,12 @@ impl Tables {
 /// The datapath writes entries of this map.
 fn is_live(map: &str) -> bool {
     ["flows_", "nat_", "fragments_", "affinity", "inbound_"].iter().any(|prefix| map.starts_with(prefix))
+        || ARRAYS.contains(&map)
 }
+
+/// Arrays of `u64` that the datapath reads and writes.
+const ARRAYS: [&str; 4] =
+    [names::MAP_EXCLUDED_PORTS, names::MAP_GATEWAY_USAGE, names::MAP_FULL_REMOTES, names::MAP_POD_USAGE];
 
 impl Clock for Tables {
     fn now(&self) -> u32 {
@@ -320,7 +370,7 @@ fn leak<T>(value: T) -> &'static T {
 
 macro_rules! tables {
     ($family:ty, $nat:ty, $addr:expr, $bytes:expr, $policy:ident, $peer:ident, $client:ident,
-     $maps:expr) => {
+     $asked:ident, $maps:expr) => {
         impl Fragments<$family> for Tables {
             fn fragment(&self, key: &<$family as Family>::KeyWords) -> Option<FragmentValue> {
                 self.live($maps[6], &Key::of(key))
@@ -361,6 +411,14 @@ macro_rules! tables {
                 self.live::<FlowValue>($maps[2], &key).map(|_| &*leak(($maps[2], key)))
             }
 
+            fn pod_usage(&self, cell: u32) -> i64 {
+                self.element(names::MAP_POD_USAGE, cell).cast_signed()
+            }
+
+            fn pod_uses_more(&self, cell: u32) {
+                self.set_element(names::MAP_POD_USAGE, cell, self.element(names::MAP_POD_USAGE, cell) + 1);
+            }
+
             fn flow_value(&self, flow: Self::Flow) -> FlowValue {
                 self.live(flow.0, &flow.1).unwrap_or_default()
             }
@@ -399,7 +457,7 @@ macro_rules! tables {
                 let state = self.live::<FlowValue>(flow.0, &flow.1).unwrap_or_default().state;
                 let tally = Tally { packets, bytes, now: self.now, state };
                 NodeTables::<$family>::count_flow(self, flow, direction, &tally);
-                self.change::<FlowValue>(flow, |old| old.tick = self.tick);
+                self.change::<FlowValue>(flow, |old| old.tick = self.tick as u16);
             }
 
             fn hit_egress(&self, egress: u32, direction: Direction, packets: u32, bytes: u32) {
@@ -483,6 +541,98 @@ macro_rules! tables {
                 self.put($maps[4], &Key::of(key), value, true).map_err(|_| Full)
             }
 
+            fn restore_forward(
+                &self,
+                key: &<$family as Family>::KeyWords,
+                value: &<$family as Family>::Nat,
+            ) -> Result<(), Full> {
+                self.put($maps[4], &Key::of(key), value, true).map_err(|_| Full)
+            }
+
+            fn remove_forward(&self, key: &<$family as Family>::KeyWords) {
+                self.remove($maps[4], Key::of(key));
+            }
+
+            fn retract(&self, entry: Self::Entry, bits: u32) {
+                self.change::<$nat>(entry, |old| old.state &= !bits);
+            }
+
+            fn reown(&self, entry: Self::Entry, port: [u8; 2], now: u32) {
+                self.change::<$nat>(entry, |old| {
+                    old.port = port;
+                    old.state &= STATE_ENCAP;
+                    old.created = now;
+                    old.last_seen = now;
+                });
+            }
+
+            fn is_excluded(&self, udp: bool, port: u16) -> bool {
+                let (word, bit) = usage::excluded_port(udp, port);
+                self.element(names::MAP_EXCLUDED_PORTS, word) & bit != 0
+            }
+
+            fn usage(&self, cell: u32) -> i64 {
+                self.element(names::MAP_GATEWAY_USAGE, cell).cast_signed()
+            }
+
+            fn use_more(&self, cell: u32) {
+                let map = names::MAP_GATEWAY_USAGE;
+                self.set_element(map, cell, self.element(map, cell).wrapping_add(1));
+            }
+
+            fn full_remote(&self, index: u32) -> u64 {
+                self.element(names::MAP_FULL_REMOTES, index)
+            }
+
+            fn set_full_remote(&self, index: u32, note: u64) {
+                self.set_element(names::MAP_FULL_REMOTES, index, note);
+            }
+
+            fn count_probes(&self, tries: u32) {
+                self.count(names::MAP_PORT_PROBES, tries, 1, 0);
+            }
+
+            fn ask(&self, flow: &Flow<$family>) {
+                self.$asked.set(Some(*flow));
+            }
+
+            fn attend(&self, shape: Shape, config: &Config) -> Result<(), u32> {
+                let flow = self.$asked.get().ok_or(DropReason::NoState.index())?;
+                open::attend(&mut Work::new(&flow), shape, config, self)
+            }
+
+            fn look_after(&self, work: &mut Work<$family>, shape: Shape, _: &Config) -> u32 {
+                open::look_after(work, shape, self)
+            }
+
+            fn refusal(&self, work: &mut Work<$family>, shape: Shape, config: &Config) -> u32 {
+                open::refusal(work, shape, config, self)
+            }
+
+            fn search(&self, work: &mut Work<$family>, shape: Shape, refusal: u32, config: &Config) -> u32 {
+                open::search(work, shape, refusal, config, self)
+            }
+
+            fn settle(&self, work: &mut Work<$family>, shape: Shape, found: u32, config: &Config) -> u32 {
+                open::settle(work, shape, found, config, self)
+            }
+
+            fn take_over(&self, work: &mut Work<$family>, port: u16, config: &Config) -> u32 {
+                open::take_over(work, port, config, self)
+            }
+
+            fn in_vain(&self, work: &mut Work<$family>, shape: Shape, refusal: u32, config: &Config) -> u32 {
+                open::in_vain(work, shape, refusal, config, self)
+            }
+
+            fn probe(&self, work: &mut Work<$family>, how: How) -> u32 {
+                open::probe(work, how, self)
+            }
+
+            fn mend(&self, flow: &Flow<$family>, now: u32) {
+                open::mend(&mut Work::new(flow), now, self);
+            }
+
             fn restart(&self, entry: Self::Entry) {
                 self.change::<$nat>(entry, |old| old.state &= STATE_ENCAP);
             }
@@ -524,6 +674,7 @@ tables!(
     PolicyKey4,
     PeerKey4,
     ClientKey4,
+    asked_v4,
     [
         names::MAP_POLICY_V4,
         names::MAP_PEERS_V4,
@@ -542,6 +693,7 @@ tables!(
     PolicyKey6,
     PeerKey6,
     ClientKey6,
+    asked_v6,
     [
         names::MAP_POLICY_V6,
         names::MAP_PEERS_V6,

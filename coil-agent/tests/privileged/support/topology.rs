@@ -19,6 +19,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use coil_agent::datapath::timeouts::Timeouts;
 use coil_agent::datapath::{
     ApplyReport, AttachMode, Datapath, IcmpLimit, NodeDatapath, NodeOptions, TunnelKind,
 };
@@ -26,8 +27,8 @@ use coil_agent::desired::{
     DesiredEgress, DesiredPod, DesiredState, EgressName, GatewayState, Policy, PolicyAction,
 };
 use coil_agent::gateway::args::PodAddresses;
-use coil_agent::gateway::datapath::{GatewayDatapath, GatewayOptions};
-use coil_agent::gateway::ports::NatPorts;
+use coil_agent::gateway::datapath::{GatewayDatapath, GatewayOptions, Quotas};
+use coil_agent::gateway::ports::{NatPorts, PortSet};
 
 use super::net::NetNs;
 use super::{BpfFs, wait_for};
@@ -154,6 +155,9 @@ impl Topology {
             icmp: IcmpLimit::default(),
             shortcut: false,
             same_node_bypass: self.bypass,
+            max_pod_flows: 0,
+            address_only: false,
+            timeouts: Timeouts::default(),
         }
     }
 
@@ -184,11 +188,18 @@ impl Topology {
             fou_port: 5555,
             icmp: IcmpLimit::default(),
             source_port_auto: false,
-            ports: NatPorts { range: 1024..=64511, excluded: [5555, 8080, 8081, 0, 0] },
+            ports: NatPorts {
+                range: 1024..=64511,
+                identifiers: 0..=u16::MAX,
+                excluded: PortSet::of([5555, 8080, 8081]),
+            },
             ifindex: self.gateway.net.ifindex("eth0"),
             mtu: 1500,
             max_nat: 4096,
             redirect_peer: true,
+            quotas: Quotas::default(),
+            address_only: false,
+            timeouts: Timeouts::default(),
         }
     }
 

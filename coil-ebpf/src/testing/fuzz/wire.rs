@@ -334,12 +334,6 @@ pub struct Quote {
     pub end: usize,
 }
 
-/// A protocol that survives a change of addresses: IP in IP, GRE, ESP, L2TP, SCTP.
-#[must_use]
-pub const fn is_portless(protocol: u8) -> bool {
-    matches!(protocol, 4 | 41 | 47 | 50 | 115 | 132)
-}
-
 /// Reads the packet that is quoted in `bytes` from `at` to `end`. Its length field says how long it was, and
 /// nothing about how much of it is here.
 ///
@@ -347,8 +341,6 @@ pub const fn is_portless(protocol: u8) -> bool {
 ///
 /// Why it is of no use.
 pub fn quote(bytes: &[u8], at: usize, end: usize, v6: bool) -> Result<Quote, DropReason> {
-    // What can be translated without ports can be quoted.
-    let portless = DropReason::ALL.iter().any(|reason| reason.name() == "address_busy");
     let quoted = bytes.get(at..end).ok_or(IcmpQuote)?;
     if quoted.len() < least(v6) {
         return Err(IcmpQuote);
@@ -380,7 +372,6 @@ pub fn quote(bytes: &[u8], at: usize, end: usize, v6: bool) -> Result<Quote, Dro
     let flow = match (ip.protocol, l4[0]) {
         (6 | 17, _) => flow(number(l4, 0), number(l4, 2)),
         (protocol, _) if protocol == ipip_of(v6) => flow(0, 0),
-        (protocol, _) if portless && is_portless(protocol) => flow(0, 0),
         (protocol, kind) if protocol == icmp_of(v6) => match (v6, kind) {
             (false, 8) | (true, 128) => flow(number(l4, 4), 0),
             (false, 0) | (true, 129) => flow(0, number(l4, 4)),

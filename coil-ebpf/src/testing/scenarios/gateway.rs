@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use coil_common::{
     config::CONFIG_SOURCE_PORT_AUTO,
     stats::{DropReason, GatewayStat},
-    values::{STATE_FIN, STATE_REPLY, STATE_REPLY_FIN, STATE_REPLY_RST, STATE_SYN},
+    values::{STATE_FIN, STATE_REPLY, STATE_REPLY_FIN, STATE_SYN},
 };
 
 use super::world::{ACK, CONFIRMED, MSS_1460, MTU, Nat, PORTS, SYN, SYN_ACK, World};
@@ -51,7 +51,7 @@ fn passes(w: &World) -> Vec<Scenario> {
     let mut rows = vec![
         arp.passes(),
         row(w, "not for this address", &Ip::new(w.remote, w.stranger).udp(PORTS, b"x")).passes(),
-        row(w, "no translation", &tcp).passes(),
+        row(w, "no translation", &tcp).drops(DropReason::UnknownReply),
         bad.passes(),
         row(w, "bad TCP header", &short).passes(),
         row(w, "fragment", &w.reply().fragment(8, false).packet(17, &[7; 64]))
@@ -220,19 +220,15 @@ fn opened(w: &World) -> Vec<Scenario> {
             .and(vec![w.reverse((1, 2), 17, 1, Nat::default())])
             .full(w.reverse_map(), 1)
             .leaves(vec![w.reverse((1, 2), 17, 1, Nat::default())])
-            .drops(DropReason::NatTableFull),
+            .prohibits(w, DropReason::NatTableFull, &packet),
     );
     rows.push(
         row(w, "forward table full: the port is given back", &w.to_gateway(&packet))
             .and(vec![w.forward((1, 2), 17, 1, Nat::default())])
             .full(w.forward_map(), 1)
             .leaves(vec![w.forward((1, 2), 17, 1, Nat::default())])
-            .counts(new_flow(w), 0, 0)
-            .drops(DropReason::NatTableFull),
+            .prohibits(w, DropReason::NatTableFull, &packet),
     );
-    if let Some(row) = rows.last_mut() {
-        row.expect.counters.clear();
-    }
     rows
 }
 
@@ -320,7 +316,7 @@ fn known(w: &World) -> Vec<Scenario> {
             .and(vec![w.forward(PORTS, 17, 50000, before), w.reverse((1, 2), 17, 1, Nat::default())])
             .full(w.reverse_map(), 1)
             .leaves(vec![w.forward(PORTS, 17, 50000, before), w.reverse((1, 2), 17, 1, Nat::default())])
-            .drops(DropReason::NatTableFull),
+            .prohibits(w, DropReason::NatTableFull, &udp.0),
     );
     rows
 }
@@ -348,11 +344,14 @@ fn ports(w: &World) -> Vec<Scenario> {
     let mut exhausted = row(w, "no port is free", &w.to_gateway(&inner))
         .and(vec![taken(40000)])
         .leaves(vec![taken(40000)])
-        .drops(DropReason::PortsExhausted);
+        .prohibits(w, DropReason::PortsExhausted, &inner);
     exhausted.config.nat_port_first = 40000;
     exhausted.config.nat_port_last = 40000;
-    let mut excluded_all =
-        row(w, "all ports are excluded", &w.to_gateway(&inner)).drops(DropReason::PortsExhausted);
+    let mut excluded_all = row(w, "all ports are excluded", &w.to_gateway(&inner)).prohibits(
+        w,
+        DropReason::PortsExhausted,
+        &inner,
+    );
     excluded_all.config.nat_port_first = 8080;
     excluded_all.config.nat_port_last = 8081;
     // Another flow got the port after the reverse half was lost.
@@ -424,7 +423,6 @@ fn replies(w: &World) -> Vec<Scenario> {
             0,
         ),
         back("FIN", &world.tcp(from, 17, &[], b""), &inner.tcp(to, 17, &[], b""), tcp, STATE_REPLY_FIN),
-        back("RST", &world.tcp(from, 4, &[], b""), &inner.tcp(to, 4, &[], b""), tcp, STATE_REPLY_RST),
         back("UDP reply", &world.udp(from, b"data"), &inner.udp(to, b"data"), udp, 0),
         back(
             "UDP reply without checksum",
@@ -544,6 +542,6 @@ fn sizes(w: &World) -> Vec<Scenario> {
             ])
             .counts(reply(w), 1, fits.len()),
         too_big,
-        row(w, "too big, but nobody's reply", &exceeds).passes(),
+        row(w, "too big, but nobody's reply", &exceeds).drops(DropReason::UnknownReply),
     ]
 }

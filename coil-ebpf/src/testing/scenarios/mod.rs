@@ -8,6 +8,7 @@ mod icmp;
 mod ipip;
 mod near;
 mod notes;
+mod ports;
 mod to_pod;
 mod world;
 
@@ -28,6 +29,7 @@ pub fn scenarios() -> Vec<Scenario> {
         out.extend(near::rows(&world));
         out.extend(fragments::rows(&world));
         out.extend(notes::rows(&world));
+        out.extend(ports::rows(&world));
     }
     out
 }

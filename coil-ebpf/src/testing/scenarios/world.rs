@@ -8,6 +8,7 @@ use coil_common::{
     keys::{ClientKey4, ClientKey6, FlowKey4, FlowKey6, PeerKey4, PeerKey6, PolicyKey4, PolicyKey6},
     names,
     stats::{Direction, DropReason, GatewayStat, IcmpStat, egress_stat},
+    usage::excluded_port,
     values::{
         ClientValue, Counter, EGRESS_BLOCK, EGRESS_DIRECT, EgressValue, FlowValue, FragmentValue,
         GATEWAY_READY, GatewayValue, MAGLEV_SLOTS, NatValue4, NatValue6, PodValue, PolicyValue,
@@ -157,7 +158,7 @@ impl World {
             ipv6: Self::octets6(self.gateway),
             nat_port_first: 1024,
             nat_port_last: 65535,
-            nat_port_excluded: [FOU, 8080, 8081, 0, 0],
+            nat_id_last: 65535,
             mtu: u32::from(MTU),
             ..self.node()
         }
@@ -264,7 +265,15 @@ impl World {
 
     /// The maps of a gateway with one client.
     pub(super) fn gateway_entries(&self) -> Vec<Entry> {
-        vec![self.client_entry(self.pod)]
+        let mut words = BTreeMap::<u32, u64>::new();
+        for port in [FOU, 8080, 8081] {
+            for udp in [false, true] {
+                let (word, bit) = excluded_port(udp, port);
+                *words.entry(word).or_default() |= bit;
+            }
+        }
+        let ports = words.iter().map(|(word, bits)| Entry::new(names::MAP_EXCLUDED_PORTS, word, bits));
+        ports.chain([self.client_entry(self.pod)]).collect()
     }
 
     fn flow_key(&self, (src, dst, ports, protocol): Tuple) -> Key {
@@ -285,6 +294,7 @@ impl World {
             egress: self.egress(),
             gateway: self.gateway_index(),
             gateway_generation: GENERATION,
+            pod: IFINDEX as u16,
             ..FlowValue::default()
         }
     }
@@ -409,6 +419,11 @@ impl World {
         ip.icmp(kind[0], kind[1], [0, 0, a, b], &about[..most])
     }
 
+    /// Type and code of "communication administratively prohibited".
+    pub(super) fn prohibited(&self) -> [u8; 2] {
+        self.pick([3, 13], [1, 1])
+    }
+
     /// A scenario in which nothing is known, nothing happens and the packet passes.
     pub(super) fn scenario(&self, hook: Hook, name: &str, packet: &[u8]) -> Scenario {
         let hook_name = hook.program();
@@ -490,6 +505,12 @@ impl Scenario {
     pub(super) fn answers(mut self, reason: DropReason, ip: &[u8]) -> Self {
         self.expect.drop = Some(reason);
         self.returns(ip)
+    }
+
+    /// The gateway refuses the client's packet `inner`, and says so.
+    pub(super) fn prohibits(self, w: &World, reason: DropReason, inner: &[u8]) -> Self {
+        let error = w.error(w.gateway, w.pod, w.prohibited(), 0, inner);
+        self.answers(reason, &w.to_client(&error))
     }
 
     /// What becomes of an ICMP error counts.

@@ -374,7 +374,7 @@ impl Model {
         }
         let Some(half) = self.reverse.get(&quote.flow.turned()).copied() else {
             let Flow { src_port, protocol, .. } = quote.flow;
-            let own = wire::is_portless(protocol) || !self.is_of_translation(protocol, src_port);
+            let own = protocol == wire::ipip_of(ip.v6) || !self.is_of_translation(protocol, src_port);
             return if own { Should::pass(input) } else { Should::drop(DropReason::IcmpNoFlow) };
         };
         if ip.ttl <= 1 {
