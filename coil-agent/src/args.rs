@@ -105,7 +105,7 @@ pub struct DatapathArgs {
 pub enum OtherProtocols {
     /// They are dropped and counted.
     Drop,
-    /// Those whose checksums allow it (SCTP, GRE, ESP, IP in IP, L2TP) are translated by their address
+    /// Those whose checksums allow it (SCTP, GRE, ESP, L2TP, IPv6 in IPv4 and the reverse) are translated by their address
     /// alone: one client at a time for each protocol and destination.
     AddressOnly,
 }

@@ -31,6 +31,18 @@ pub(crate) fn remedy(reason: DropReason) -> Option<&'static str> {
         "ports_exhausted" => {
             "Too many connections to one remote address and port: raise the replicas of the Egress with sessionAffinity: None."
         }
+        "destination_full" => {
+            "As ports_exhausted, a moment before: nothing is tried for two seconds. Raise the replicas of the Egress."
+        }
+        "nat_admission" => {
+            "The translation table is nearly full: raise --max-nat-entries of coil-egress or the replicas of the Egress."
+        }
+        "client_flow_quota" | "client_port_quota" => {
+            "The client has its share of translations: it leaks connections, or the share of the egress pods is too small for it."
+        }
+        "pod_flow_quota" => {
+            "The pod has its share of the node's flows: it leaks connections, or --max-flows-per-pod of coild is too small for it."
+        }
         "already_encapsulated" => {
             "The pod runs a tunnel with offloads through an Egress: switch off transmit offloads of its tunnel device."
         }
