@@ -314,7 +314,14 @@ extern "C" fn take_off_sum(raw: *mut __sk_buff, room: u32, slice: u32) -> u32 {
         // SAFETY: the context of a running program is valid.
         unsafe { bpf_skb_adjust_room(raw, bytes, BPF_ADJ_ROOM_MAC, flags) == 0 }
     };
-    if !adjust(room) || !adjust(-room - slice as i32) || !adjust(slice as i32) {
+    if !adjust(room) {
+        return 0;
+    }
+    if !adjust(-room - slice as i32) {
+        // Too short for it; nothing has changed where no room was made.
+        return u32::from(room == 0);
+    }
+    if !adjust(slice as i32) {
         return 0;
     }
     // SAFETY: the context of a running program is valid, and `headers` is at least as long as is said. The sum
