@@ -46,7 +46,7 @@ pub(crate) mod internal {
     pub(crate) use super::stats::{
         DropCounters, DropFamilies, counter, counters, descriptions, gather, gauge, gauges, open_pinned,
     };
-    pub(crate) use super::sys::{Cursor, ObjectKind, link_info, lookup_batch, object_get};
+    pub(crate) use super::sys::{Cursor, ObjectKind, link_info, lookup_batch, object_get, program_id};
     #[cfg(test)]
     pub(crate) use super::usage::fake::FakeUsage;
     pub(crate) use super::usage::{Recount, SharedUsage, Usage};
@@ -410,12 +410,13 @@ impl Datapath for NodeDatapath {
             let entry = entry.map_err(PinError::path("list", &folder))?;
             let name = entry.file_name();
             let Some(uid) = name.to_str() else { continue };
-            // One that is named after its pod ends with its link.
-            let gone = if uid.contains('_') {
-                link_alive(&entry.path().join(names::PROGRAM_GATEWAY))? == Some(false)
-            } else {
-                !live.contains(uid)
+            // One that is named after its pod may be that of a later pod of this name: it ends with its link,
+            // where there are links.
+            let link = match uid.contains('_') {
+                true => link_alive(&entry.path().join(names::PROGRAM_GATEWAY))?,
+                false => None,
             };
+            let gone = link.map_or_else(|| !live.contains(uid), |alive| !alive);
             if gone {
                 let path = entry.path();
                 std::fs::remove_dir_all(&path).map_err(PinError::path("remove", &path))?;

@@ -151,6 +151,19 @@ pub(crate) struct LinkInfo {
     pub(crate) attach_type: u32,
 }
 
+/// The beginning of `struct bpf_prog_info` (include/uapi/linux/bpf.h); the kernel fills in as much as is asked.
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+struct ProgramInfo {
+    kind: u32,
+    id: u32,
+}
+
+/// The id of a program.
+pub(crate) fn program_id(fd: impl AsFd) -> io::Result<u32> {
+    Ok(info::<ProgramInfo>(fd)?.id)
+}
+
 /// Describes a link.
 pub(crate) fn link_info(fd: impl AsFd) -> io::Result<LinkInfo> {
     info(fd)

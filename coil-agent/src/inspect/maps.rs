@@ -11,7 +11,7 @@ use super::node::{abi_folders, folder, subfolders};
 use super::{InspectError, Outcome, output};
 use crate::datapath::internal::{
     ObjectKind, ReadMap, TYPE_ARRAY, TYPE_HASH, TYPE_LPM_TRIE, TYPE_LRU_HASH, TYPE_PERCPU_ARRAY, link_info,
-    object_get,
+    object_get, program_id,
 };
 
 #[derive(Serialize)]
@@ -34,7 +34,7 @@ struct MapItem {
 struct ProgramItem {
     path: PathBuf,
     program: String,
-    /// Id of the program; `None` where it is not attached by a link.
+    /// Id of the program; `None` if it went while it was looked at.
     program_id: Option<u32>,
     /// Index of the interface in its own name space; 0 once it is gone.
     interface: Option<u32>,
@@ -92,7 +92,14 @@ fn list(folder: &Path, links: bool, items: &mut List) -> Result<(), InspectError
     for path in paths {
         let kind = match object_get(&path) {
             Ok((fd, ObjectKind::Link)) => {
-                items.programs.push(program(&path, Some(&fd)));
+                let info = link_info(&fd).ok();
+                let id = info.map(|info| info.program_id);
+                items.programs.push(program(&path, id, info.map(|info| info.ifindex)));
+                continue;
+            }
+            // Before tcx (6.6) it is pinned itself.
+            Ok((fd, ObjectKind::Program)) => {
+                items.programs.push(program(&path, program_id(&fd).ok(), None));
                 continue;
             }
             Ok((_, kind)) => kind,
@@ -101,7 +108,6 @@ fn list(folder: &Path, links: bool, items: &mut List) -> Result<(), InspectError
             Err(error) => return Err(InspectError::pin("open", &path)(error)),
         };
         match kind {
-            ObjectKind::Program => items.programs.push(program(&path, None)),
             ObjectKind::Map if !links => {
                 let map = ReadMap::open(&path).map_err(InspectError::pin("open", &path))?;
                 let info = *map.info();
@@ -122,27 +128,20 @@ fn list(folder: &Path, links: bool, items: &mut List) -> Result<(), InspectError
     Ok(())
 }
 
-fn program(path: &Path, link: Option<&std::os::fd::OwnedFd>) -> ProgramItem {
+fn program(path: &Path, program_id: Option<u32>, linked_to: Option<u32>) -> ProgramItem {
     let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
     // `<ifindex>-<program>` for a pod's interface, the program's name for a gateway.
     let (from_name, program) = match name.split_once('-') {
         Some((index, program)) => (index.parse().ok(), program.to_owned()),
         None => (None, name),
     };
-    let info = link.and_then(|link| link_info(link).ok());
-    let interface = info.map(|info| info.ifindex).or(from_name);
+    let interface = linked_to.or(from_name);
     // The interface of a gateway is in another name space.
     let here = from_name.is_some().then_some(interface).flatten();
     let interface_name = here
         .and_then(|index| nix::net::if_::if_indextoname(index).ok())
         .and_then(|name| name.into_string().ok());
-    ProgramItem {
-        path: path.to_path_buf(),
-        program,
-        program_id: info.map(|info| info.program_id),
-        interface,
-        interface_name,
-    }
+    ProgramItem { path: path.to_path_buf(), program, program_id, interface, interface_name }
 }
 
 /// Runs the command.

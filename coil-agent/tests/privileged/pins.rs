@@ -104,10 +104,11 @@ fn a_gateway_that_does_not_know_its_uid_is_named_after_its_pod() {
     let mut node = topology.apply(topology.open_node(None), &topology.state());
     let pin_name = named_folder("internet", "nat.example-0");
     let folder = topology.bpffs.node().join("egress").join(&pin_name);
+    let live = BTreeSet::from([pin_name.clone()]);
     let gateway = topology.open_gateway_with(GatewayOptions { pin_name, ..topology.gateway_options() });
     drop(gateway);
-    node.gc_gateways(&BTreeSet::new()).unwrap();
-    assert!(folder.exists(), "its link is alive");
+    node.gc_gateways(&live).unwrap();
+    assert!(folder.exists(), "its pod is there");
     topology.gateway.net.ip("link del eth0");
     node.gc_gateways(&BTreeSet::new()).unwrap();
     assert!(!folder.exists());
