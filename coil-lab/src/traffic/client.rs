@@ -1,6 +1,7 @@
 //! The client of the external host's servers. Each verb prints one JSON object and fails if anything was not as it
 //! should be.
 
+use super::flood::{self, FloodArgs};
 use super::gso::{self, GsoArgs};
 use super::load::{self, LoadArgs};
 use super::pattern::{CHUNK, Digest, Pattern};
@@ -78,6 +79,8 @@ enum Verb {
     },
     /// Keep many connections to the TCP echo server going and make short ones all the time
     Load(LoadArgs),
+    /// Make new UDP flows as fast as can be, a datagram each
+    Flood(FloodArgs),
     /// Send datagrams to the UDP echo server
     Udp {
         /// HOST:PORT of the echo server
@@ -128,8 +131,10 @@ pub async fn run(args: ClientArgs) -> anyhow::Result<()> {
         }
         _ => {}
     }
-    if let Verb::Load(args) = &verb {
-        limit = limit.max(args.limit());
+    match &verb {
+        Verb::Load(args) => limit = limit.max(args.limit()),
+        Verb::Flood(args) => limit = limit.max(args.limit()),
+        _ => {}
     }
     let work = async {
         match verb {
@@ -158,6 +163,10 @@ pub async fn run(args: ClientArgs) -> anyhow::Result<()> {
             Verb::Load(args) => {
                 let done = load::run(args).await?;
                 print(&done, done.ok)
+            }
+            Verb::Flood(args) => {
+                let done = tokio::task::spawn_blocking(move || flood::run(&args)).await??;
+                print(&done, true)
             }
             Verb::Udp { server, count, size, interval_ms, until } => {
                 let done = udp(server, count, size, Duration::from_millis(interval_ms), until).await?;

@@ -2,6 +2,7 @@
 //! port 80 tells its peer and moves bytes with digests; port 7 echoes, TCP and UDP; port 443 echoes UDP in large pieces. Both are verbs of this program.
 
 mod client;
+mod flood;
 mod gso;
 mod load;
 mod pattern;

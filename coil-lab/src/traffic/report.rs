@@ -102,6 +102,17 @@ pub struct Load {
     pub seconds: f64,
 }
 
+/// Output of `client flood`.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Flood {
+    /// Flows whose datagram was sent.
+    pub sent: u64,
+    /// Flows of which the kernel would send none.
+    pub refused: u64,
+    /// How long it ran.
+    pub seconds: f64,
+}
+
 /// Output of `client udp`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Udp {

@@ -17,26 +17,28 @@ scenarios! {
 }
 
 /// Port of a gateway's metrics.
-const METRICS: u16 = 8080;
+pub const METRICS: u16 = 8080;
 /// Longest time that a load may run.
 const LIMIT: Duration = Duration::from_secs(400);
 /// Each flow chooses its own gateway, so that all of them have flows.
 const NO_AFFINITY: &str = "  sessionAffinity: None\n";
 
 /// Files by which a load is followed and ended; gone with it.
-struct Signals {
+pub struct Signals {
     ready: PathBuf,
     stop: PathBuf,
 }
 
 impl Signals {
-    fn new(name: &str) -> Self {
+    /// Of a load of this name.
+    pub fn new(name: &str) -> Self {
         let path =
             |what| std::env::temp_dir().join(format!("coil-load-{}-{name}-{what}", std::process::id()));
         Self { ready: path("ready"), stop: path("stop") }
     }
 
-    async fn up(&self) -> Result<()> {
+    /// Waits until the lasting connections are up.
+    pub async fn up(&self) -> Result<()> {
         until("the lasting connections are up", || async {
             ensure!(self.ready.exists(), "they are not");
             Ok(())
@@ -44,7 +46,8 @@ impl Signals {
         .await
     }
 
-    fn stop(&self) -> Result<()> {
+    /// Ends the load.
+    pub fn stop(&self) -> Result<()> {
         std::fs::write(&self.stop, "").context("ending the load")
     }
 }
@@ -63,7 +66,7 @@ impl Drop for Signals {
 }
 
 /// Lasting and short connections of a client to a server until they are told to end.
-async fn load(
+pub async fn load(
     lab: &Lab,
     from: (&str, &str),
     server: IpAddr,
@@ -82,7 +85,7 @@ async fn load(
 }
 
 /// Fails if any connection has.
-fn unharmed(what: &str, load: &Load, long: u64) -> Result<()> {
+pub fn unharmed(what: &str, load: &Load, long: u64) -> Result<()> {
     eprintln!(
         "{what}: {} s, {} lasting connections with {} exchanges (longest {} ms), {} short ones of {} begun \
          (longest exchange {} ms), gateways {:?} and {:?}",

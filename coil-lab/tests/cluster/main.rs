@@ -8,6 +8,7 @@ mod bad_input;
 mod choice;
 mod closed_doors;
 mod errors;
+mod flood;
 mod gateways;
 mod offloads;
 mod path_mtu;
@@ -42,6 +43,7 @@ fn main() -> ExitCode {
         tools::scenarios(),
         choice::scenarios(),
         gateways::scenarios(),
+        flood::scenarios(),
         tunnels::scenarios(),
         // Last: these kill what the others use.
         restart::scenarios(),
