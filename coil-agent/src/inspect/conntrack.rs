@@ -50,11 +50,12 @@ impl Tuple {
         }
     }
 
-    /// An end with its port; ICMP has an identifier at the end that asked.
+    /// An end with its port; ICMP has an identifier at the end that asked, and most protocols have neither.
     pub(crate) fn end(&self, address: IpAddr, port: u16) -> String {
         let icmp = matches!(self.protocol, 1 | 58);
+        let ports = matches!(self.protocol, 6 | 17);
         match (address, icmp) {
-            (_, true) if port == 0 => address.to_string(),
+            _ if port == 0 && !ports => address.to_string(),
             (_, true) => format!("{address} id {port}"),
             (IpAddr::V4(_), false) => format!("{address}:{port}"),
             (IpAddr::V6(_), false) => format!("[{address}]:{port}"),
