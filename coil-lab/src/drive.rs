@@ -81,7 +81,22 @@ pub async fn exec<S: AsRef<str>>(lab: &Lab, target: &Target, argv: &[S]) -> Resu
 
 /// Runs the lab's traffic client in a place and reads its answer.
 pub async fn ask<T: DeserializeOwned>(lab: &Lab, target: &Target, arguments: &[&str]) -> Result<T> {
-    let answer = exec(lab, target, &lab.client(arguments)).await?;
+    ask_for(lab, target, arguments, 2 * STEP).await
+}
+
+/// The same for a client that is told when to end, after so long at most.
+pub async fn ask_for<T: DeserializeOwned>(
+    lab: &Lab,
+    target: &Target,
+    arguments: &[&str],
+    limit: Duration,
+) -> Result<T> {
+    let options = ExecOptions { limit, ..ExecOptions::default() };
+    let output = lab
+        .exec(target, &lab.client(arguments), options)
+        .await
+        .with_context(|| format!("running the client in {target}"))?;
+    let answer = text(output).with_context(|| format!("{} in {target}", arguments.join(" ")))?;
     serde_json::from_str(answer.trim()).with_context(|| format!("reading the client's answer: {answer}"))
 }
 

@@ -1,9 +1,10 @@
 //! Kinds of tunnels, and changing from one to the other while traffic flows.
 
 use std::net::{IpAddr, SocketAddr};
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use coil_lab::drive::{Addresses, ask, exec, kubectl, pod, until};
+use coil_lab::drive::{Addresses, ask, ask_for, exec, kubectl, pod, until};
 use coil_lab::report::{Stream, Transfer, Udp};
 use coil_lab::{Lab, Target, paths};
 
@@ -17,6 +18,9 @@ scenarios! {
 
 /// The table of the packet filter that counts tunnelled packets.
 const TABLE: &str = "coil_tunnels";
+
+/// Longest time that traffic may go on until all has changed.
+const LIMIT: Duration = Duration::from_secs(450);
 
 /// The agents are told to use IP in IP, and FOU again, in the middle of TCP streams and UDP exchanges of both families:
 /// nothing is lost, and the packets that cross the router are those of the kind that was asked for.
@@ -102,10 +106,13 @@ async fn changed_in_the_middle(lab: &Lab, name: (&str, &str), tally: &Tally) -> 
         let (place, end) = (pod(name.0, name.1), end.clone());
         async move {
             let to = SocketAddr::new(server, ECHO).to_string();
-            let stream = ["--seconds", "200", "--rate", "1000000", "--stall-ms", "4000", "--until", &end];
+            let stream = ["--seconds", "400", "--rate", "1000000", "--stall-ms", "4000", "--until", &end];
             let stream = [&["stream", to.as_str()], stream.as_slice()].concat();
-            let exchange = ["udp", &to, "--count", "40000", "--interval-ms", "5", "--until", &end];
-            tokio::try_join!(ask::<Stream>(lab, &place, &stream), ask::<Udp>(lab, &place, &exchange))
+            let exchange = ["udp", &to, "--count", "80000", "--interval-ms", "5", "--until", &end];
+            tokio::try_join!(
+                ask_for::<Stream>(lab, &place, &stream, LIMIT),
+                ask_for::<Udp>(lab, &place, &exchange, LIMIT)
+            )
         }
     };
     let change = async {
@@ -171,8 +178,9 @@ async fn left_out_in_the_middle(lab: &Lab, name: (&str, &str), node: &Target) ->
         let (place, end) = (pod(name.0, name.1), end.clone());
         async move {
             let to = SocketAddr::new(server, ECHO).to_string();
-            let stream = ["--seconds", "200", "--rate", "1000000", "--stall-ms", "4000", "--until", &end];
-            ask::<Stream>(lab, &place, &[&["stream", to.as_str()], stream.as_slice()].concat()).await
+            let stream = ["--seconds", "400", "--rate", "1000000", "--stall-ms", "4000", "--until", &end];
+            let arguments = [&["stream", to.as_str()], stream.as_slice()].concat();
+            ask_for::<Stream>(lab, &place, &arguments, LIMIT).await
         }
     };
     let tunnelled = || async {
