@@ -348,13 +348,15 @@ fn both_ends_learn_what_fits_into_the_tunnel() {
             socket.set_read_timeout(Some(DEADLINE)).unwrap();
             let (_, peer) = socket.recv_from(&mut [0; 10]).unwrap();
             socket.send_to(&pattern(data), peer).unwrap();
+            socket
         });
         let address = receiver.recv().unwrap();
         topology.client.net.run(move || {
             let any: IpAddr = if v6 { "::".parse().unwrap() } else { "0.0.0.0".parse().unwrap() };
             UdpSocket::bind((any, 0)).unwrap().send_to(&[1], address).unwrap();
         });
-        server.join().unwrap();
+        // An error for a socket that is closed teaches nobody.
+        let _socket = server.join().unwrap();
         wait_for("the server's path MTU", || {
             let route = topology.external.net.ip(&format!("{family} route get {gateway}"));
             route.contains(mtu).then_some(())
