@@ -224,9 +224,10 @@ pub fn seconds_since_boot() -> Result<u32, DatapathError> {
     Ok(u32::try_from(monotonic()?.0).unwrap_or(u32::MAX))
 }
 
-/// Seconds and nanoseconds of `CLOCK_MONOTONIC`.
+/// Seconds and nanoseconds of `CLOCK_MONOTONIC_COARSE`, which is what the programs read: it lags behind
+/// `CLOCK_MONOTONIC` by up to a tick, so for some milliseconds of each second that one is a second ahead.
 fn monotonic() -> Result<(u64, u64), DatapathError> {
-    let time = clock_gettime(ClockId::CLOCK_MONOTONIC)
+    let time = clock_gettime(ClockId::CLOCK_MONOTONIC_COARSE)
         .map_err(|errno| DatapathError::System { what: "the clock", source: errno.into() })?;
     // Neither is ever negative on this clock.
     Ok((time.tv_sec().unsigned_abs(), time.tv_nsec().unsigned_abs()))
