@@ -10,6 +10,7 @@ pub mod gateway;
 pub mod index;
 pub mod inspect;
 pub mod installer;
+pub mod ipam;
 pub mod local;
 pub mod metrics;
 pub mod netlink;
