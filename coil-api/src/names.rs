@@ -2,6 +2,8 @@
 
 use std::collections::BTreeMap;
 
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+
 /// API group of all custom resources.
 pub const GROUP: &str = "coil.cybozu.com";
 /// API version of all custom resources.
@@ -23,6 +25,19 @@ pub const COMPONENT_EGRESS: &str = "egress";
 
 /// Namespace annotation: address pool of pods created later.
 pub const ANNOTATION_POOL: &str = "coil.cybozu.com/pool";
+/// Label of an AddressBlock: name of its pool.
+pub const LABEL_POOL: &str = "coil.cybozu.com/pool";
+/// Label of an AddressBlock: name of its node.
+pub const LABEL_NODE: &str = "coil.cybozu.com/node";
+/// Label of an AddressBlock: UID of the BlockRequest that it answers.
+pub const LABEL_REQUEST: &str = "coil.cybozu.com/request";
+/// Label of an AddressBlock: [`RESERVED`] if no address of it may be given out.
+pub const LABEL_RESERVED: &str = "coil.cybozu.com/reserved";
+/// Value of [`LABEL_RESERVED`].
+pub const RESERVED: &str = "true";
+/// Pool of pods whose namespace names none.
+pub const DEFAULT_POOL: &str = "default";
+
 /// Pod annotation, followed by the namespace of the Egresses: a comma-separated list of Egress names.
 pub const ANNOTATION_EGRESS_PREFIX: &str = "egress.coil.cybozu.com/";
 
@@ -36,6 +51,23 @@ pub const LABEL_ZONE: &str = "topology.kubernetes.io/zone";
 pub const EGRESS_SERVICE_ACCOUNT: &str = "coil-egress";
 /// Container of egress pods that Coil owns.
 pub const EGRESS_CONTAINER: &str = "egress";
+
+/// Name of a block of a pool.
+#[must_use]
+pub fn block_name(pool: &str, index: u32) -> String {
+    format!("{pool}-{index}")
+}
+
+/// Name of the request of a node for a block of a pool.
+#[must_use]
+pub fn request_name(pool: &str, node: &str) -> String {
+    format!("req-{pool}-{node}")
+}
+
+/// Marks an object as part of the product.
+pub(crate) fn label(metadata: &mut ObjectMeta) {
+    metadata.labels.get_or_insert_default().insert(LABEL_APP_NAME.to_owned(), APP_NAME.to_owned());
+}
 
 /// Name of the annotation that makes a pod a client of Egresses of `namespace`.
 #[must_use]

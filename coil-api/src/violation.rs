@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use ipnet::IpNet;
+
 use crate::destination::DestinationError;
 use crate::labels::SyntaxError;
 
@@ -73,6 +75,47 @@ pub enum Problem {
         /// What would go wrong.
         why: &'static str,
     },
+    /// Neither family is given.
+    #[error("invalid subnet: ipv4 or ipv6 is required")]
+    NoSubnet,
+    /// A network of the wrong family.
+    #[error("invalid {want} subnet: {subnet}")]
+    Family {
+        /// The network.
+        subnet: String,
+        /// The family that it should be of.
+        want: &'static str,
+    },
+    /// A network without room for a block.
+    #[error("too narrow subnet: {subnet} has no room for 2^{bits} addresses")]
+    TooNarrow {
+        /// The network.
+        subnet: String,
+        /// Power of two of the addresses of a block.
+        bits: i32,
+    },
+    /// Networks of both families with room for different numbers of addresses.
+    #[error("dual stack subnet must be the same size")]
+    UnequalSizes,
+    /// A network with other families than the first one.
+    #[error("has other families than the first subnet; all subnets of a pool must have the same")]
+    MixedFamilies,
+    /// A network that shares addresses with another.
+    #[error("{subnet} overlaps with {other}{}", pool.as_ref().map(|p| format!(" of AddressPool {p}")).unwrap_or_default())]
+    Overlap {
+        /// The network.
+        subnet: IpNet,
+        /// The other one.
+        other: IpNet,
+        /// The pool of the other one, if it is another pool.
+        pool: Option<String>,
+    },
+    /// A value that was changed.
+    #[error("unchangeable")]
+    Unchangeable,
+    /// A list that lost entries.
+    #[error("unshrinkable")]
+    Unshrinkable,
     /// A pod template that cannot be read as a PodSpec.
     #[error("is not a PodSpec: {0}")]
     PodSpec(String),

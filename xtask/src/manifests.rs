@@ -9,7 +9,12 @@ use crate::process::output;
 use crate::root;
 
 /// Generated custom resource definitions, relative to the root, by what `crdgen` calls them.
-const CRDS: &[(&str, &str)] = &[("egress", "manifests/crd/coil.cybozu.com_egresses.yaml")];
+const CRDS: &[(&str, &str)] = &[
+    ("addressblock", "manifests/crd/coil.cybozu.com_addressblocks.yaml"),
+    ("addresspool", "manifests/crd/coil.cybozu.com_addresspools.yaml"),
+    ("blockrequest", "manifests/crd/coil.cybozu.com_blockrequests.yaml"),
+    ("egress", "manifests/crd/coil.cybozu.com_egresses.yaml"),
+];
 
 /// Writes the generated manifests, or checks that they are fresh.
 #[derive(clap::Args, Debug, Default)]

@@ -21,7 +21,12 @@ fn main() -> ExitCode {
 
 /// What to call each kind, and its definition.
 fn definitions() -> Vec<(&'static str, CustomResourceDefinition)> {
-    vec![("egress", coil_api::crd())]
+    vec![
+        ("addressblock", coil_api::addressblock::crd()),
+        ("addresspool", coil_api::addresspool::crd()),
+        ("blockrequest", coil_api::blockrequest::crd()),
+        ("egress", coil_api::crd()),
+    ]
 }
 
 fn print(kind: Option<&str>) -> Result<(), Box<dyn Error>> {

@@ -14,8 +14,7 @@ use super::{Egress, MAX_CLIENTS, MAX_DESTINATIONS};
 #[must_use]
 pub fn crd() -> CustomResourceDefinition {
     let mut crd = Egress::crd();
-    crd.metadata.labels =
-        Some([(crate::names::LABEL_APP_NAME.to_owned(), crate::names::APP_NAME.to_owned())].into());
+    crate::names::label(&mut crd.metadata);
     crd
 }
 
