@@ -59,8 +59,10 @@ impl Failure {
             | ErrorCode::InvalidEnvironmentVariables
             | ErrorCode::DecodingFailure => Code::InvalidArgument,
             ErrorCode::UnknownContainer => Code::NotFound,
-            ErrorCode::InvalidNetworkConfig => Code::FailedPrecondition,
-            ErrorCode::TryAgainLater => Code::Unavailable,
+            ErrorCode::InvalidNetworkConfig | ErrorCode::InvalidNetns => Code::FailedPrecondition,
+            ErrorCode::TryAgainLater | ErrorCode::PluginNotAvailable | ErrorCode::LimitedConnectivity => {
+                Code::Unavailable
+            }
             ErrorCode::IoFailure | ErrorCode::Internal => Code::Internal,
         }
     }
@@ -123,7 +125,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_failure_travels_as_the_detail_of_a_status() {
+    fn a97_a_failure_travels_as_the_detail_of_a_status() {
         let status = Status::from(Failure::retry("no", "because"));
         assert_eq!(status.code(), Code::Unavailable);
         let detail = detail(&status).unwrap();

@@ -1,6 +1,7 @@
 //! ADD, DEL and CHECK of a pod in egress-only mode: another plugin has wired the pod, we learn which
 //! interface is whose and answer when its policy holds.
 
+use std::collections::BTreeSet;
 use std::future::Future;
 use std::net::IpAddr;
 use std::path::Path;
@@ -224,6 +225,25 @@ impl<A: PodApi, N: Netlink> Pods<A, N> {
             return Err(Failure::retry(MESSAGE, "the datapath does not hold the pod yet"));
         }
         Ok(())
+    }
+
+    /// Removes what is left of attachments that are not among these (container, interface). Nothing to do:
+    /// see [`Self::del`].
+    pub async fn gc(&self, _valid: &BTreeSet<(String, String)>) -> Result<(), Failure> {
+        Ok(())
+    }
+
+    /// Whether ADD could be served now.
+    pub fn status(&self) -> Result<(), Failure> {
+        const MESSAGE: &str = "coild cannot serve ADD";
+        let fail = |details: &str| Failure::new(ErrorCode::PluginNotAvailable, MESSAGE, details);
+        if !self.snapshots.borrow().desired.complete {
+            return Err(fail("the first lists from the API server are not complete"));
+        }
+        match &self.applied.borrow().error {
+            Some(error) => Err(fail(error)),
+            None => Ok(()),
+        }
     }
 
     async fn pod(&self, call: &Call) -> Result<PodView, Failure> {

@@ -47,6 +47,33 @@ pub struct CniError {
     #[prost(string, tag = "3")]
     pub details: ::prost::alloc::string::String,
 }
+/// What Gc is told. Not part of Coil v2.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct GcArgs {
+    /// Attachments that stay. Whatever else the network has on this node is to be removed.
+    #[prost(message, repeated, tag = "1")]
+    pub valid_attachments: ::prost::alloc::vec::Vec<Attachment>,
+    /// Network configuration as it came.
+    #[prost(bytes = "vec", tag = "2")]
+    pub stdin_data: ::prost::alloc::vec::Vec<u8>,
+}
+/// An interface of a container.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Attachment {
+    /// Identifier of the container, or of the sandbox.
+    #[prost(string, tag = "1")]
+    pub container_id: ::prost::alloc::string::String,
+    /// Name of the interface inside the namespace.
+    #[prost(string, tag = "2")]
+    pub ifname: ::prost::alloc::string::String,
+}
+/// What Status is told. Not part of Coil v2.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct StatusArgs {
+    /// Network configuration as it came.
+    #[prost(bytes = "vec", tag = "1")]
+    pub stdin_data: ::prost::alloc::vec::Vec<u8>,
+}
 /// Error codes of the CNI specification.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
 #[repr(i32)]
@@ -59,7 +86,11 @@ pub enum ErrorCode {
     IoFailure = 5,
     DecodingFailure = 6,
     InvalidNetworkConfig = 7,
+    InvalidNetns = 8,
     TryAgainLater = 11,
+    /// Answers to Status; not part of Coil v2, which has no such call.
+    PluginNotAvailable = 50,
+    LimitedConnectivity = 51,
     Internal = 999,
 }
 impl ErrorCode {
@@ -77,7 +108,10 @@ impl ErrorCode {
             Self::IoFailure => "IO_FAILURE",
             Self::DecodingFailure => "DECODING_FAILURE",
             Self::InvalidNetworkConfig => "INVALID_NETWORK_CONFIG",
+            Self::InvalidNetns => "INVALID_NETNS",
             Self::TryAgainLater => "TRY_AGAIN_LATER",
+            Self::PluginNotAvailable => "PLUGIN_NOT_AVAILABLE",
+            Self::LimitedConnectivity => "LIMITED_CONNECTIVITY",
             Self::Internal => "INTERNAL",
         }
     }
@@ -92,7 +126,10 @@ impl ErrorCode {
             "IO_FAILURE" => Some(Self::IoFailure),
             "DECODING_FAILURE" => Some(Self::DecodingFailure),
             "INVALID_NETWORK_CONFIG" => Some(Self::InvalidNetworkConfig),
+            "INVALID_NETNS" => Some(Self::InvalidNetns),
             "TRY_AGAIN_LATER" => Some(Self::TryAgainLater),
+            "PLUGIN_NOT_AVAILABLE" => Some(Self::PluginNotAvailable),
+            "LIMITED_CONNECTIVITY" => Some(Self::LimitedConnectivity),
             "INTERNAL" => Some(Self::Internal),
             _ => None,
         }
@@ -103,7 +140,8 @@ pub mod cni_client {
     #![allow(unused_variables, dead_code, missing_docs, clippy::wildcard_imports, clippy::let_unit_value)]
     use tonic::codegen::http::Uri;
     use tonic::codegen::*;
-    /// Calls of the CNI plugin.
+    /// Calls of the CNI plugin. Gc and Status came after Coil v2: a server that does not know them answers
+    /// UNIMPLEMENTED, which the plugin takes for "nothing to remove" and "there".
     #[derive(Debug, Clone)]
     pub struct CniClient<T> {
         inner: tonic::client::Grpc<T>,
@@ -225,6 +263,36 @@ pub mod cni_client {
             req.extensions_mut().insert(GrpcMethod::new("pkg.cnirpc.CNI", "Check"));
             self.inner.unary(req, path, codec).await
         }
+        /// Removes what is left of attachments that are not on the list.
+        pub async fn gc(
+            &mut self,
+            request: impl tonic::IntoRequest<super::GcArgs>,
+        ) -> std::result::Result<tonic::Response<()>, tonic::Status> {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| tonic::Status::unknown(format!("Service was not ready: {}", e.into())))?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static("/pkg.cnirpc.CNI/Gc");
+            let mut req = request.into_request();
+            req.extensions_mut().insert(GrpcMethod::new("pkg.cnirpc.CNI", "Gc"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Tells whether Add can be served.
+        pub async fn status(
+            &mut self,
+            request: impl tonic::IntoRequest<super::StatusArgs>,
+        ) -> std::result::Result<tonic::Response<()>, tonic::Status> {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| tonic::Status::unknown(format!("Service was not ready: {}", e.into())))?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static("/pkg.cnirpc.CNI/Status");
+            let mut req = request.into_request();
+            req.extensions_mut().insert(GrpcMethod::new("pkg.cnirpc.CNI", "Status"));
+            self.inner.unary(req, path, codec).await
+        }
     }
 }
 /// Generated server implementations.
@@ -249,8 +317,19 @@ pub mod cni_server {
             &self,
             request: tonic::Request<super::CniArgs>,
         ) -> std::result::Result<tonic::Response<()>, tonic::Status>;
+        /// Removes what is left of attachments that are not on the list.
+        async fn gc(
+            &self,
+            request: tonic::Request<super::GcArgs>,
+        ) -> std::result::Result<tonic::Response<()>, tonic::Status>;
+        /// Tells whether Add can be served.
+        async fn status(
+            &self,
+            request: tonic::Request<super::StatusArgs>,
+        ) -> std::result::Result<tonic::Response<()>, tonic::Status>;
     }
-    /// Calls of the CNI plugin.
+    /// Calls of the CNI plugin. Gc and Status came after Coil v2: a server that does not know them answers
+    /// UNIMPLEMENTED, which the plugin takes for "nothing to remove" and "there".
     #[derive(Debug)]
     pub struct CniServer<T> {
         inner: Arc<T>,
@@ -408,6 +487,74 @@ pub mod cni_server {
                     let inner = self.inner.clone();
                     let fut = async move {
                         let method = CheckSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/pkg.cnirpc.CNI/Gc" => {
+                    #[allow(non_camel_case_types)]
+                    struct GcSvc<T: Cni>(pub Arc<T>);
+                    impl<T: Cni> tonic::server::UnaryService<super::GcArgs> for GcSvc<T> {
+                        type Response = ();
+                        type Future = BoxFuture<tonic::Response<Self::Response>, tonic::Status>;
+                        fn call(&mut self, request: tonic::Request<super::GcArgs>) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move { <T as Cni>::gc(&inner, request).await };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = GcSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/pkg.cnirpc.CNI/Status" => {
+                    #[allow(non_camel_case_types)]
+                    struct StatusSvc<T: Cni>(pub Arc<T>);
+                    impl<T: Cni> tonic::server::UnaryService<super::StatusArgs> for StatusSvc<T> {
+                        type Response = ();
+                        type Future = BoxFuture<tonic::Response<Self::Response>, tonic::Status>;
+                        fn call(&mut self, request: tonic::Request<super::StatusArgs>) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move { <T as Cni>::status(&inner, request).await };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = StatusSvc(inner);
                         let codec = tonic_prost::ProstCodec::default();
                         let mut grpc = tonic::server::Grpc::new(codec)
                             .apply_compression_config(

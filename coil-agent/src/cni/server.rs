@@ -1,5 +1,6 @@
 //! The gRPC server on the UNIX socket: thin, one span, one log line and one count per call.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::future::Future;
 use std::io;
@@ -12,17 +13,17 @@ use coil_runtime::tasks::Drain;
 use tokio::net::UnixListener;
 use tokio_stream::wrappers::UnixListenerStream;
 use tonic::{Request, Response, Status};
-use tracing::Instrument;
+use tracing::{Instrument, Span};
 
 use super::error::Failure;
 use super::pod::{Call, PodApi, Pods};
 use super::proto::cni_server::{Cni, CniServer, SERVICE_NAME};
-use super::proto::{AddResponse, CniArgs};
+use super::proto::{AddResponse, Attachment, CniArgs, GcArgs, StatusArgs};
 use crate::metrics::{GrpcMetrics, grpc_code};
 use crate::netlink::Netlink;
 
 /// Methods of the service, for metrics.
-pub const METHODS: [&str; 3] = ["Add", "Check", "Del"];
+pub const METHODS: [&str; 5] = ["Add", "Check", "Del", "Gc", "Status"];
 
 /// Why the socket cannot be had.
 #[derive(Debug, thiserror::Error)]
@@ -88,8 +89,6 @@ impl<A: PodApi, N: Netlink + 'static> Service<A, N> {
     where
         F: Future<Output = Result<T, Failure>>,
     {
-        let begun = Instant::now();
-        self.metrics.started(SERVICE_NAME, method);
         let arg = |key: &str| args.args.get(key).cloned().unwrap_or_default();
         let span = tracing::info_span!(
             "cni",
@@ -101,14 +100,24 @@ impl<A: PodApi, N: Netlink + 'static> Service<A, N> {
             grpc.request.ifname = args.ifname,
             grpc.request.container_id = args.container_id,
         );
+        let pods = Arc::clone(&self.pods);
+        let work = async { work(pods, Call::of(args)?).await };
+        self.observe(method, span, work).await
+    }
+
+    /// Counts and logs a call.
+    async fn observe<T>(
+        &self,
+        method: &'static str,
+        span: Span,
+        work: impl Future<Output = Result<T, Failure>>,
+    ) -> Result<Response<T>, Status> {
+        let begun = Instant::now();
+        self.metrics.started(SERVICE_NAME, method);
         // Counts also a call that its caller has given up.
         let mut guard = Unfinished { metrics: &self.metrics, method, armed: true };
         let result = async {
-            let result = match Call::of(args) {
-                Ok(call) => work(Arc::clone(&self.pods), call).await,
-                Err(failure) => Err(failure),
-            };
-            let result = result.map_err(|failure| (failure.code, Status::from(failure)));
+            let result = work.await.map_err(|failure| (failure.code, Status::from(failure)));
             let code = result.as_ref().map_or_else(|(_, status)| status.code(), |_| tonic::Code::Ok);
             let time_ms = begun.elapsed().as_secs_f64() * 1000.0;
             match &result {
@@ -164,5 +173,23 @@ impl<A: PodApi, N: Netlink + 'static> Cni for Service<A, N> {
 
     async fn check(&self, request: Request<CniArgs>) -> Result<Response<()>, Status> {
         self.call("Check", request.into_inner(), |pods, call| async move { pods.check(&call).await }).await
+    }
+
+    async fn gc(&self, request: Request<GcArgs>) -> Result<Response<()>, Status> {
+        let valid = request.into_inner().valid_attachments;
+        let span = tracing::info_span!(
+            "cni",
+            grpc.service = SERVICE_NAME,
+            grpc.method = "Gc",
+            attachments = valid.len(),
+        );
+        let valid: BTreeSet<(String, String)> =
+            valid.into_iter().map(|Attachment { container_id, ifname }| (container_id, ifname)).collect();
+        self.observe("Gc", span, self.pods.gc(&valid)).await
+    }
+
+    async fn status(&self, _: Request<StatusArgs>) -> Result<Response<()>, Status> {
+        let span = tracing::info_span!("cni", grpc.service = SERVICE_NAME, grpc.method = "Status");
+        self.observe("Status", span, async { self.pods.status() }).await
     }
 }

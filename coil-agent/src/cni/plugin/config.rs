@@ -3,7 +3,7 @@
 use serde_json::{Value, json};
 
 use super::PluginError;
-use crate::cni::proto::ErrorCode;
+use crate::cni::proto::{Attachment, ErrorCode};
 
 /// Where `coild` listens unless the configuration says otherwise.
 const DEFAULT_SOCKET: &str = "/run/coild.sock";
@@ -92,6 +92,39 @@ impl NetConf {
         };
         Ok(Self { version, socket: socket.unwrap_or(DEFAULT_SOCKET).to_owned(), previous })
     }
+}
+
+/// The attachments that GC must leave alone.
+///
+/// A list that is not there is a mistake: taken for an empty one it would cost all pods their network.
+/// `null` is what libcni writes for an empty list.
+pub(super) fn attachments(input: &[u8]) -> Result<Vec<Attachment>, PluginError> {
+    const KEY: &str = "cni.dev/valid-attachments";
+    let invalid = |details: String| {
+        PluginError::new(ErrorCode::InvalidNetworkConfig, "invalid network configuration", details)
+    };
+    let config: Value = serde_json::from_slice(input).map_err(|error| {
+        PluginError::new(ErrorCode::DecodingFailure, "invalid network configuration", error.to_string())
+    })?;
+    let entries = match config.get(KEY) {
+        None => return Err(invalid(format!("GC needs {KEY}"))),
+        Some(Value::Null) => &[][..],
+        Some(Value::Array(entries)) => entries,
+        Some(_) => return Err(invalid(format!("{KEY} is not a list"))),
+    };
+    let text = |entry: &Value, key: &str| {
+        let text = entry.get(key).and_then(Value::as_str).unwrap_or_default();
+        if text.is_empty() {
+            return Err(invalid(format!("an entry of {KEY} has no {key}")));
+        }
+        Ok(text.to_owned())
+    };
+    entries
+        .iter()
+        .map(|entry| {
+            Ok(Attachment { container_id: text(entry, "containerID")?, ifname: text(entry, "ifname")? })
+        })
+        .collect()
 }
 
 /// Answer to VERSION, in the version that was asked in.

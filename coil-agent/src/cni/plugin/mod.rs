@@ -1,30 +1,26 @@
 //! The CNI plugin `coil`: reads a network configuration from standard input, asks `coild`, writes a
 //! result to standard output. No decision is taken here.
 
+mod client;
 mod config;
 mod result;
 
 use std::collections::{BTreeMap, HashMap};
 use std::ffi::OsString;
+use std::fs;
 use std::io::{Read, Write};
-use std::path::PathBuf;
+use std::os::unix::fs::MetadataExt;
 use std::process::ExitCode;
-use std::time::Duration;
 
-use hyper_util::rt::TokioIo;
 use serde_json::{Value, json};
-use tokio::net::UnixStream;
-use tonic::transport::{Endpoint, Uri};
 
+use self::client::Method;
 use self::config::{NetConf, Version};
 use super::error::{causes, detail};
-use super::proto::cni_client::CniClient;
-use super::proto::{CniArgs, ErrorCode};
+use super::proto::{CniArgs, ErrorCode, GcArgs, StatusArgs};
 
-/// Time for a call, as in the original.
-const TIMEOUT: Duration = Duration::from_secs(60);
-/// Code of STATUS when the plugin cannot serve ADD; new in CNI 1.1.0.
-const NOT_AVAILABLE: u32 = 50;
+/// No configuration is longer; what `coild` takes in one message is.
+const MAX_INPUT: u64 = 2 << 20;
 
 /// A failure as the CNI specification wants it told.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -36,11 +32,13 @@ pub struct PluginError {
 
 impl PluginError {
     fn new(code: ErrorCode, message: impl Into<String>, details: impl Into<String>) -> Self {
-        Self {
-            code: u32::try_from(i32::from(code)).unwrap_or_default(),
-            message: message.into(),
-            details: details.into(),
-        }
+        Self { code: number(code), message: message.into(), details: details.into() }
+    }
+
+    /// Code of the CNI specification.
+    #[must_use]
+    pub fn code(&self) -> u32 {
+        self.code
     }
 
     fn to_json(&self, version: Version) -> Value {
@@ -54,6 +52,10 @@ impl PluginError {
         }
         object
     }
+}
+
+fn number(code: ErrorCode) -> u32 {
+    u32::try_from(i32::from(code)).unwrap_or_default()
 }
 
 impl From<tonic::Status> for PluginError {
@@ -97,6 +99,12 @@ impl Environment {
         self.variables.get(key).map_or("", String::as_str)
     }
 
+    /// A variable that says yes, as the reference plugins read it.
+    fn is_set(&self, key: &str) -> bool {
+        let value = self.get(key);
+        value == "1" || value.eq_ignore_ascii_case("true")
+    }
+
     fn required(&self, key: &'static str) -> Result<&str, PluginError> {
         let value = self.get(key);
         if value.is_empty() {
@@ -126,17 +134,19 @@ pub fn main_with(args: &[OsString]) -> ExitCode {
         }
         return ExitCode::SUCCESS;
     }
+    const UNREADABLE: &str = "failed to read the network configuration";
     let mut input = Vec::new();
-    let (output, version) = match std::io::stdin().lock().read_to_end(&mut input) {
-        Ok(_) => run(&environment, &input),
-        Err(error) => (
-            Err(PluginError::new(
-                ErrorCode::IoFailure,
-                "failed to read the network configuration",
-                error.to_string(),
-            )),
-            Version::NEWEST,
-        ),
+    let (output, version) = match std::io::stdin().lock().take(MAX_INPUT + 1).read_to_end(&mut input) {
+        Ok(length) if u64::try_from(length).is_ok_and(|length| length <= MAX_INPUT) => {
+            run(&environment, &input)
+        }
+        Ok(_) => {
+            let details = format!("it is longer than {MAX_INPUT} bytes");
+            (Err(PluginError::new(ErrorCode::DecodingFailure, UNREADABLE, details)), Version::NEWEST)
+        }
+        Err(error) => {
+            (Err(PluginError::new(ErrorCode::IoFailure, UNREADABLE, error.to_string())), Version::NEWEST)
+        }
     };
     let (text, status) = match output {
         Ok(None) => (None, ExitCode::SUCCESS),
@@ -182,26 +192,17 @@ fn execute(
     };
     match command {
         "ADD" => {
-            let call = arguments(environment, config, input, true)?;
-            let answer = call_coild(&config.socket, Method::Add(call))?;
-            match &config.previous {
-                Some(previous) => result::convert(previous, config.version).map(Some),
-                None => {
-                    let answer = serde_json::from_slice(&answer).map_err(|error| {
-                        PluginError::new(
-                            ErrorCode::DecodingFailure,
-                            "failed to read the result of coild",
-                            error.to_string(),
-                        )
-                    })?;
-                    result::convert(&answer, config.version).map(Some)
-                }
-            }
+            let call = arguments(environment, config, input, Call::Add)?;
+            let answer = client::call(&config.socket, Method::Add(call))?;
+            let result = match &config.previous {
+                Some(previous) => result::convert(previous, config.version)?,
+                None => result::of_coild(&answer, config.version)?,
+            };
+            Ok(Some(result))
         }
         "DEL" => {
-            let call = arguments(environment, config, input, false)?;
-            call_coild(&config.socket, Method::Del(call))?;
-            Ok(None)
+            let call = arguments(environment, config, input, Call::Del)?;
+            client::call(&config.socket, Method::Del(call)).map(|_| None)
         }
         "CHECK" => {
             needs(Version::V0_4_0)?;
@@ -212,20 +213,36 @@ fn execute(
                     "CHECK needs prevResult",
                 ));
             }
-            let call = arguments(environment, config, input, true)?;
-            call_coild(&config.socket, Method::Check(call))?;
-            Ok(None)
+            let call = arguments(environment, config, input, Call::Check)?;
+            client::call(&config.socket, Method::Check(call)).map(|_| None)
         }
-        // What a sandbox leaves behind is bound to its interface and goes with it.
-        "GC" => needs(Version::V1_1_0).map(|()| None),
+        "GC" => {
+            needs(Version::V1_1_0)?;
+            let call = GcArgs { valid_attachments: config::attachments(input)?, stdin_data: input.to_vec() };
+            client::call(&config.socket, Method::Gc(call)).map(|_| None)
+        }
         "STATUS" => {
             needs(Version::V1_1_0)?;
-            call_coild(&config.socket, Method::Connect)
-                .map_err(|error| PluginError { code: NOT_AVAILABLE, ..error })?;
-            Ok(None)
+            let call = StatusArgs { stdin_data: input.to_vec() };
+            client::call(&config.socket, Method::Status(call)).map(|_| None).map_err(unserved)
         }
         other => Err(invalid_environment(format!("unknown CNI_COMMAND {other:?}"))),
     }
+}
+
+/// STATUS has codes of its own for "ADD cannot be served"; that of `coild`, if it gave one, stands.
+fn unserved(error: PluginError) -> PluginError {
+    let limited = number(ErrorCode::LimitedConnectivity);
+    let code = if error.code == limited { limited } else { number(ErrorCode::PluginNotAvailable) };
+    PluginError { code, ..error }
+}
+
+/// Commands about one container.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Call {
+    Add,
+    Del,
+    Check,
 }
 
 /// Checks and gathers what `coild` wants to know.
@@ -233,7 +250,7 @@ fn arguments(
     environment: &Environment,
     config: &NetConf,
     input: &[u8],
-    needs_netns: bool,
+    command: Call,
 ) -> Result<CniArgs, PluginError> {
     let container = environment.required("CNI_CONTAINERID")?;
     if !config::is_identifier(container) {
@@ -245,11 +262,27 @@ fn arguments(
     if !config::is_interface_name(ifname) {
         return Err(invalid_environment(format!("CNI_IFNAME {ifname:?} is not the name of an interface")));
     }
-    let netns = if needs_netns { environment.required("CNI_NETNS")? } else { environment.get("CNI_NETNS") };
+    // What is left of a container must go although its name space has.
+    let netns = if command == Call::Del {
+        environment.get("CNI_NETNS")
+    } else {
+        environment.required("CNI_NETNS")?
+    };
+    if command == Call::Add && is_own_netns(netns) && !environment.is_set("CNI_NETNS_OVERRIDE") {
+        return Err(PluginError::new(
+            ErrorCode::InvalidNetns,
+            "invalid network namespace",
+            format!("CNI_NETNS {netns:?} is the one that the plugin runs in"),
+        ));
+    }
     let mut args = pod_arguments(environment.get("CNI_ARGS"))?;
     let chained = config.previous.is_some();
     args.insert("IS_CHAINED".into(), chained.to_string());
     let (ips, interfaces) = match &config.previous {
+        // Nor for want of a result that makes sense.
+        Some(previous) if command == Call::Del => {
+            (result::addresses(previous).unwrap_or_default(), result::interfaces(previous))
+        }
         Some(previous) => (result::addresses(previous)?, result::interfaces(previous)),
         None => (Vec::new(), HashMap::new()),
     };
@@ -265,7 +298,15 @@ fn arguments(
     })
 }
 
-/// The keys of `CNI_ARGS` that matter.
+/// Whether a path leads to the network name space of this process.
+fn is_own_netns(path: &str) -> bool {
+    let identity = |path: &str| fs::metadata(path).ok().map(|meta| (meta.dev(), meta.ino()));
+    let own = identity("/proc/self/ns/net");
+    own.is_some() && own == identity(path)
+}
+
+/// The keys of `CNI_ARGS` that matter. Others are ignored, with and without `IgnoreUnknown`: they may be
+/// meant for other plugins of the list.
 fn pod_arguments(text: &str) -> Result<HashMap<String, String>, PluginError> {
     const KEYS: [&str; 3] = ["K8S_POD_NAMESPACE", "K8S_POD_NAME", "K8S_POD_INFRA_CONTAINER_ID"];
     let mut args = HashMap::new();
@@ -284,55 +325,7 @@ fn pod_arguments(text: &str) -> Result<HashMap<String, String>, PluginError> {
     Ok(args)
 }
 
-enum Method {
-    Add(CniArgs),
-    Del(CniArgs),
-    Check(CniArgs),
-    Connect,
-}
-
-fn call_coild(socket: &str, method: Method) -> Result<Vec<u8>, PluginError> {
-    let unavailable =
-        |details: String| PluginError::new(ErrorCode::TryAgainLater, "failed to connect to coild", details);
-    let internal = |error: &(dyn std::error::Error + 'static)| {
-        PluginError::new(ErrorCode::Internal, "failed to call coild", causes(error))
-    };
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .map_err(|error| internal(&error))?;
-    runtime.block_on(async {
-        let path = PathBuf::from(socket);
-        let connector = tower::service_fn(move |_: Uri| {
-            let path = path.clone();
-            async move { UnixStream::connect(path).await.map(TokioIo::new) }
-        });
-        // The address is not used: the connector knows the socket.
-        let endpoint = Endpoint::from_static("http://coild").timeout(TIMEOUT);
-        let channel = endpoint
-            .connect_with_connector(connector)
-            .await
-            .map_err(|error| unavailable(format!("{socket}: {}", causes(&error))))?;
-        let mut client = CniClient::new(channel);
-        let request = |args| {
-            let mut request = tonic::Request::new(args);
-            request.set_timeout(TIMEOUT);
-            request
-        };
-        match method {
-            Method::Add(args) => Ok(client.add(request(args)).await?.into_inner().result),
-            Method::Del(args) => {
-                client.del(request(args)).await?;
-                Ok(Vec::new())
-            }
-            Method::Check(args) => {
-                client.check(request(args)).await?;
-                Ok(Vec::new())
-            }
-            Method::Connect => Ok(Vec::new()),
-        }
-    })
-}
-
+#[cfg(test)]
+mod properties;
 #[cfg(test)]
 mod tests;

@@ -22,6 +22,15 @@ const NEWER_FIELDS: [(&str, &str, Version); 8] = [
     ("routes", "scope", Version::V1_1_0),
 ];
 
+/// What `coild` answered to ADD, in the version of the configuration.
+pub(super) fn of_coild(answer: &[u8], version: Version) -> Result<Value, PluginError> {
+    let unreadable = |details: String| {
+        PluginError::new(ErrorCode::DecodingFailure, "failed to read the result of coild", details)
+    };
+    let answer: Value = serde_json::from_slice(answer).map_err(|error| unreadable(error.to_string()))?;
+    convert(&answer, version).map_err(|error| unreadable(error.details))
+}
+
 /// The result in another version.
 pub(super) fn convert(result: &Value, version: Version) -> Result<Value, PluginError> {
     let mut result = object(result)?.clone();

@@ -78,13 +78,18 @@ fn mistakes_have_the_codes_of_the_specification() {
         (&environment_of("GC"), config("1.0.0", json!({})), 1),
         (&environment_of("STATUS"), config("1.0.0", json!({})), 1),
         (&environment_of("STATUS"), config("1.1.0", json!({})), 50),
+        (&environment_of("GC"), config("1.1.0", json!({})), 7),
+        (&environment_of("GC"), config("1.1.0", json!({"cni.dev/valid-attachments": 1})), 7),
+        (&environment_of("GC"), config("1.1.0", json!({"cni.dev/valid-attachments": [{}]})), 7),
+        (&with("CNI_NETNS", "/proc/self/ns/net"), good.clone(), 8),
         // coild is not running.
+        (&environment_of("GC"), config("1.1.0", json!({"cni.dev/valid-attachments": []})), 11),
+        (&environment_of("DEL"), good.clone(), 11),
         (&add, good.clone(), 11),
     ] {
         let error = failure(environment, &input);
         assert_eq!(error.code, code, "{error:?} for {}", String::from_utf8_lossy(&input));
     }
-    assert_eq!(run(&environment_of("GC"), &config("1.1.0", json!({}))).0, Ok(None));
 }
 
 fn environment_of(command: &str) -> Environment {
@@ -100,10 +105,10 @@ fn errors_are_told_in_the_version_of_the_configuration() {
 }
 
 #[test]
-fn arguments_for_coild() {
+fn a98_arguments_for_coild() {
     let input = config("0.4.0", json!({"prevResult": previous()}));
     let config = NetConf::parse(&input).unwrap();
-    let args = arguments(&environment("ADD"), &config, &input, true).unwrap();
+    let args = arguments(&environment("ADD"), &config, &input, Call::Add).unwrap();
     assert_eq!(args.ips, ["10.0.0.2", "fd00::2"]);
     assert_eq!(args.interfaces, [("veth1".into(), false), ("eth0".into(), true)].into());
     assert_eq!(
@@ -123,7 +128,7 @@ fn a_deleted_namespace_does_not_stop_del() {
     environment.variables.remove("CNI_NETNS");
     let input = config("0.4.0", json!({}));
     let config = NetConf::parse(&input).unwrap();
-    assert!(arguments(&environment, &config, &input, false).is_ok());
+    assert!(arguments(&environment, &config, &input, Call::Del).is_ok());
 }
 
 #[test]
@@ -142,4 +147,28 @@ fn results_are_passed_on_in_the_version_of_the_configuration() {
     assert!(older["interfaces"][0].get("mtu").is_none());
     let kept = result::convert(&newest, Version::V1_1_0).unwrap();
     assert_eq!(kept["interfaces"][0]["mtu"], 1400);
+}
+
+#[test]
+fn a98_unknown_arguments_are_ignored() {
+    for text in ["", ";", "IgnoreUnknown=1", "IgnoreUnknown=0;X=y", "X=y;;Y="] {
+        assert_eq!(pod_arguments(text).unwrap(), HashMap::new(), "{text:?}");
+    }
+    let args = pod_arguments("K8S_POD_NAME=a;K8S_POD_NAMESPACE=n=1;K8S_POD_INFRA_CONTAINER_ID=c").unwrap();
+    assert_eq!((&*args["K8S_POD_NAME"], &*args["K8S_POD_NAMESPACE"]), ("a", "n=1"));
+    assert_eq!(args["K8S_POD_INFRA_CONTAINER_ID"], "c");
+    let error = pod_arguments("K8S_POD_NAME=a;nonsense").unwrap_err();
+    assert_eq!((error.code, &*error.message), (4, "failed to load CNI_ARGS"));
+}
+
+#[test]
+fn a99_configurations() {
+    let parse = |text: Value| NetConf::parse(text.to_string().as_bytes());
+    let plain = parse(json!({"cniVersion": "0.4.0", "name": "n"})).unwrap();
+    assert_eq!((plain.version, &*plain.socket, plain.previous), (Version::V0_4_0, "/run/coild.sock", None));
+    let empty = parse(json!({"cniVersion": "0.4.0", "name": "n", "socket": "", "prevResult": null})).unwrap();
+    assert_eq!((&*empty.socket, empty.previous), ("/run/coild.sock", None));
+    let full = json!({"cniVersion": "1.1.0", "name": "n", "socket": "/s", "prevResult": previous()});
+    let full = parse(full).unwrap();
+    assert_eq!((&*full.socket, full.previous), ("/s", Some(previous())));
 }
