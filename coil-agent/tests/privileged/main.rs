@@ -13,7 +13,6 @@ mod ports;
 mod restart;
 mod scenarios;
 mod shortcut;
-mod spoiled;
 mod summed;
 mod support;
 mod traffic;

@@ -12,6 +12,9 @@ const LOOKUP: libc::c_int = 1;
 const UPDATE: libc::c_int = 2;
 const DELETE: libc::c_int = 3;
 const NEXT_KEY: libc::c_int = 4;
+const LOOKUP_BATCH: libc::c_int = 24;
+/// `ENOTSUPP` of the kernel, which is none of the C library's.
+const NOT_SUPPORTED: libc::c_int = 524;
 
 /// `union bpf_attr` for operations on elements.
 #[repr(C)]
@@ -21,6 +24,20 @@ struct Element {
     pad: u32,
     key: u64,
     value: u64,
+    flags: u64,
+}
+
+/// `union bpf_attr` for operations on many elements.
+#[repr(C)]
+#[derive(Default)]
+struct Batch {
+    from: u64,
+    to: u64,
+    keys: u64,
+    values: u64,
+    count: u32,
+    map: u32,
+    element_flags: u64,
     flags: u64,
 }
 
@@ -95,6 +112,53 @@ impl RawMap {
                 Ok(()) => keys.push(next),
                 Err(error) if error.raw_os_error() == Some(libc::ENOENT) => return keys,
                 Err(error) => unreachable!("{error}"),
+            }
+        }
+    }
+
+    /// All entries, in as few calls as the kernel allows: walks through maps are most of what tests do.
+    pub(crate) fn entries(&self) -> Vec<(Vec<u8>, Vec<u8>)> {
+        self.batch().unwrap_or_else(|| {
+            self.keys().into_iter().filter_map(|key| self.get(&key).map(|value| (key, value))).collect()
+        })
+    }
+
+    /// All entries, many at a time; nothing where the kernel has no such call for this kind of map.
+    fn batch(&self) -> Option<Vec<(Vec<u8>, Vec<u8>)>> {
+        // More than a bucket of a hash table holds, of which all must fit.
+        let most = self.info.max_entries().min(128);
+        let (key, value) = (self.info.key_size() as usize, self.value_size());
+        let mut keys = vec![0u8; most as usize * key];
+        let mut values = vec![0u8; most as usize * value];
+        let mut position: Option<u32> = None;
+        let mut entries = Vec::new();
+        loop {
+            let mut next = 0u32;
+            let mut batch = Batch {
+                from: position.as_ref().map_or(0, |position| std::ptr::from_ref(position).addr() as u64),
+                to: std::ptr::from_mut(&mut next).addr() as u64,
+                keys: keys.as_mut_ptr().addr() as u64,
+                values: values.as_mut_ptr().addr() as u64,
+                count: most,
+                map: self.map.fd().as_fd().as_raw_fd().cast_unsigned(),
+                ..Batch::default()
+            };
+            // SAFETY: there is room for `most` keys and values, and positions in hash tables and arrays take four
+            // bytes.
+            let result = unsafe {
+                let batch = std::ptr::from_mut(&mut batch);
+                libc::syscall(libc::SYS_bpf, LOOKUP_BATCH, batch, size_of::<Batch>())
+            };
+            let error = io::Error::last_os_error().raw_os_error().filter(|_| result < 0);
+            if matches!(error, Some(libc::EINVAL | NOT_SUPPORTED | libc::EOPNOTSUPP)) {
+                return None;
+            }
+            let found = keys.chunks_exact(key).zip(values.chunks_exact(value)).take(batch.count as usize);
+            entries.extend(found.map(|(key, value)| (key.to_vec(), value.to_vec())));
+            match error {
+                None => position = Some(next),
+                Some(libc::ENOENT) => return Some(entries),
+                Some(error) => unreachable!("{}", io::Error::from_raw_os_error(error)),
             }
         }
     }
