@@ -1,7 +1,7 @@
 //! What every Coil daemon shares, and nothing about networking: command lines ([`cli`]), logging
 //! ([`telemetry`]), tasks and shutdown ([`tasks`]), readiness ([`readiness`]), health and metrics servers
 //! ([`admin`]), the metric registry ([`metrics`]), the Kubernetes client ([`kube_client`]), leader
-//! election ([`lease`]) and the clock ([`clock`]).
+//! election ([`lease`]), durations of flags ([`duration`]) and the clock ([`clock`]).
 //!
 //! A daemon is put together like this:
 //!
@@ -56,6 +56,7 @@
 pub mod admin;
 pub mod cli;
 pub mod clock;
+pub mod duration;
 pub mod kube_client;
 pub mod lease;
 pub mod metrics;
