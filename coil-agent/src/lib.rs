@@ -15,6 +15,7 @@ pub mod local;
 pub mod metrics;
 pub mod netlink;
 pub mod programs;
+pub mod router;
 pub mod state;
 pub mod watch;
 pub mod writer;

@@ -6,7 +6,7 @@ use std::io::Write;
 use std::process::ExitCode;
 
 use ::coil_controller::programs::{Program, coil_controller, dispatch, version};
-use coil_agent::programs::{coil, coil_egress, coil_installer, coilctl, coild};
+use coil_agent::programs::{coil, coil_egress, coil_installer, coil_router, coilctl, coild};
 
 const NAME: &str = "hypercoil";
 
@@ -22,6 +22,11 @@ const PROGRAMS: &[Program] = &[
         name: "coil-egress",
         about: "Gateway in egress pods: source NAT of their clients",
         main: coil_egress::main_with,
+    },
+    Program {
+        name: "coil-router",
+        about: "Routes to the pods of other nodes on a flat network",
+        main: coil_router::main_with,
     },
     Program {
         name: "coilctl",

@@ -3,5 +3,6 @@
 pub mod coil;
 pub mod coil_egress;
 pub mod coil_installer;
+pub mod coil_router;
 pub mod coilctl;
 pub mod coild;

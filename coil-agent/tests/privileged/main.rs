@@ -11,6 +11,7 @@ mod netlink;
 mod pins;
 mod ports;
 mod restart;
+mod router;
 mod scenarios;
 mod shortcut;
 mod summed;
