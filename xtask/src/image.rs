@@ -1,11 +1,12 @@
 //! `image`: the container image as an OCI archive, which `podman load`, `ctr image import`, `skopeo` and
-//! recent `docker load` take. It holds one static program and links to it, nothing else.
+//! recent `docker load` take. It holds one static program and links to it, the static CNI plugin, which goes to the
+//! hosts and is started for every pod, and nothing else.
 
 use std::fs::{self, File};
-use std::io::{Read, Write};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use ring::digest::{SHA256, digest};
 use serde_json::json;
 
@@ -17,7 +18,9 @@ use crate::{root, target_dir};
 const PROGRAMS_DIR: &str = "usr/local/coil";
 /// Links to the multi-call binary.
 const LINKS: &[&str] =
-    &["coild", "coil", "coil-installer", "coil-egress", "coil-controller", "coilctl", "kubectl-coil"];
+    &["coild", "coil-installer", "coil-egress", "coil-router", "coil-controller", "coilctl", "kubectl-coil"];
+/// The plugin must be smaller than this many bytes.
+const MAX_PLUGIN: u64 = 5_000_000;
 const TARGET: &str = "x86_64-unknown-linux-gnu";
 
 /// Builds the container image as an OCI archive.
@@ -35,22 +38,39 @@ impl Image {
     /// Runs the verb.
     pub fn run(&self) -> Result<()> {
         BuildEbpf::default().run()?;
-        say("building the static program (release)");
+        say("building the static programs (release)");
         // With an explicit target the flag reaches the program and not the build scripts.
         run(cargo()
-            .args(["build", "--release", "--package", "hypercoil", "--target", TARGET])
+            .args(["build", "--release", "--target", TARGET])
+            .args([
+                "--package",
+                "hypercoil",
+                "--bin",
+                "hypercoil",
+                "--package",
+                "coil-agent",
+                "--bin",
+                "coil",
+            ])
             .env("CARGO_PROFILE_RELEASE_STRIP", "debuginfo")
             .env("CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUSTFLAGS", "-Ctarget-feature=+crt-static"))?;
-        let program = target_dir().join(TARGET).join("release/hypercoil");
+        let built = target_dir().join(TARGET).join("release");
+        let plugin = built.join("coil");
+        let size = fs::metadata(&plugin).with_context(|| format!("looking at {}", plugin.display()))?.len();
+        ensure!(
+            size < MAX_PLUGIN,
+            "the CNI plugin has grown to {size} bytes; it must stay under {MAX_PLUGIN}"
+        );
+        say(format!("CNI plugin: {size} bytes"));
         let output = self.output.clone().unwrap_or_else(|| root().join("target/coil-image.tar"));
-        write(&program, &self.tag, &output).with_context(|| format!("writing {}", output.display()))?;
+        write(&built, &self.tag, &output).with_context(|| format!("writing {}", output.display()))?;
         say(format!("image {}: {} ({} bytes)", self.tag, output.display(), fs::metadata(&output)?.len()));
         Ok(())
     }
 }
 
-fn write(program: &Path, tag: &str, output: &Path) -> Result<()> {
-    let layer = layer(program)?;
+fn write(programs: &Path, tag: &str, output: &Path) -> Result<()> {
+    let layer = layer(programs)?;
     let layer_digest = sha256(&layer);
     let config = serde_json::to_vec(&json!({
         "architecture": "amd64",
@@ -92,14 +112,14 @@ fn write(program: &Path, tag: &str, output: &Path) -> Result<()> {
     Ok(())
 }
 
-/// The one layer: the program and links to it.
-fn layer(program: &Path) -> Result<Vec<u8>> {
-    let mut data = Vec::new();
-    File::open(program)
-        .and_then(|mut file| file.read_to_end(&mut data))
-        .with_context(|| format!("reading {}", program.display()))?;
+/// The one layer: the programs and links to the first.
+fn layer(programs: &Path) -> Result<Vec<u8>> {
     let mut archive = tar::Builder::new(Vec::new());
-    file(&mut archive, &format!("{PROGRAMS_DIR}/hypercoil"), &data, 0o755)?;
+    for name in ["hypercoil", "coil"] {
+        let path = programs.join(name);
+        let data = fs::read(&path).with_context(|| format!("reading {}", path.display()))?;
+        file(&mut archive, &format!("{PROGRAMS_DIR}/{name}"), &data, 0o755)?;
+    }
     for link in LINKS {
         let mut header = tar::Header::new_gnu();
         header.set_entry_type(tar::EntryType::Symlink);
