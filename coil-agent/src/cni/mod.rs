@@ -6,4 +6,5 @@ pub mod plugin;
 pub mod pod;
 #[allow(missing_docs, clippy::all, unreachable_pub, reason = "generated from proto/cni.proto")]
 pub mod proto;
+pub mod result;
 pub mod server;
