@@ -7,10 +7,11 @@ use coil_api::names;
 use k8s_openapi::api::core::v1::ObjectReference;
 use kube::Client;
 use kube::runtime::events::{Event, EventType, Recorder, Reporter};
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 
 use crate::cni::error::causes;
+use crate::cni::pod::ipam::AddFailure;
 use crate::desired::PodUid;
 use crate::desired::build::{PodProblems, Problem};
 use crate::state::{Closed, Snapshot};
@@ -108,6 +109,26 @@ pub async fn publish(
     }
 }
 
+/// Publishes Events about pods that could not be wired, until nobody can tell of any.
+pub async fn publish_failures(client: Client, node: String, mut failures: mpsc::Receiver<AddFailure>) {
+    let mut publisher = Publisher::new(client, node);
+    while let Some(failure) = failures.recv().await {
+        publisher
+            .send(&failure_event(&failure), &pod_reference(&failure.namespace, &failure.name, &failure.uid))
+            .await;
+    }
+}
+
+fn failure_event(failure: &AddFailure) -> Event {
+    Event {
+        type_: EventType::Warning,
+        reason: "FailedPodNetwork".into(),
+        note: Some(cut(format!("{}: {}", failure.message, failure.details))),
+        action: "SetUpPodNetwork".into(),
+        secondary: None,
+    }
+}
+
 struct Publisher {
     client: Client,
     reporter: Reporter,
@@ -121,14 +142,17 @@ impl Publisher {
         Self { client, reporter, recorder }
     }
 
-    /// An Event is a courtesy: what it says is in the log and in the metrics too.
     async fn publish(&mut self, news: &News) {
-        let (event, reference) = (event(news), reference(news));
-        let mut result = self.recorder.publish(&event, &reference).await;
+        self.send(&event(news), &pod_reference(&news.namespace, &news.name, &news.uid)).await;
+    }
+
+    /// An Event is a courtesy: what it says is in the log and in the metrics too.
+    async fn send(&mut self, event: &Event, reference: &ObjectReference) {
+        let mut result = self.recorder.publish(event, reference).await;
         if matches!(&result, Err(kube::Error::Api(status)) if status.is_not_found()) {
             // The Event that this one repeats is gone; the recorder does not know.
             self.recorder = Recorder::new(self.client.clone(), self.reporter.clone());
-            result = self.recorder.publish(&event, &reference).await;
+            result = self.recorder.publish(event, reference).await;
         }
         match result {
             Ok(()) => {}
@@ -142,14 +166,10 @@ impl Publisher {
 }
 
 fn event(news: &News) -> Event {
-    let mut note = news.problem.to_string();
-    while note.len() > MAX_NOTE {
-        note.pop();
-    }
     Event {
         type_: EventType::Warning,
         reason: news.problem.event_reason().into(),
-        note: Some(note),
+        note: Some(cut(news.problem.to_string())),
         action: "ConfigureEgress".into(),
         // Events about different Egresses of one pod must not be merged.
         secondary: egress(&news.problem),
@@ -170,13 +190,20 @@ fn egress(problem: &Problem) -> Option<ObjectReference> {
     })
 }
 
-fn reference(news: &News) -> ObjectReference {
+fn cut(mut note: String) -> String {
+    while note.len() > MAX_NOTE {
+        note.pop();
+    }
+    note
+}
+
+fn pod_reference(namespace: &str, name: &str, uid: &str) -> ObjectReference {
     ObjectReference {
         api_version: Some("v1".into()),
         kind: Some("Pod".into()),
-        namespace: Some(news.namespace.clone()),
-        name: Some(news.name.clone()),
-        uid: Some(news.uid.clone()),
+        namespace: Some(namespace.into()),
+        name: Some(name.into()),
+        uid: Some(uid.into()),
         ..ObjectReference::default()
     }
 }

@@ -2,7 +2,10 @@
 
 use std::collections::BTreeMap;
 
-use prometheus::{IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry};
+use prometheus::{
+    HistogramOpts, HistogramTimer, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts,
+    Registry,
+};
 
 use crate::desired::build::Problem;
 use crate::state::Snapshot;
@@ -30,9 +33,7 @@ impl WatchMetrics {
         )?;
         registry.register(Box::new(errors.clone()))?;
         registry.register(Box::new(unreadable.clone()))?;
-        for kind in
-            ["pods", "egresses", "endpointslices", "namespaces", "nodes", "addresspools", "blockrequests"]
-        {
+        for kind in ["pods", "egresses", "endpointslices", "namespaces", "nodes"] {
             errors.with_label_values(&[kind]);
             unreadable.with_label_values(&[kind]);
         }
@@ -147,7 +148,11 @@ pub struct GrpcMetrics {
     handled: IntCounterVec,
     received: IntCounterVec,
     sent: IntCounterVec,
+    seconds: HistogramVec,
 }
+
+/// Bounds of the time that calls take: a call that waits for nothing, and one that waits as long as it may.
+const SECONDS: [f64; 12] = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 15.0, 60.0];
 
 /// Names of gRPC codes in metrics and logs, by number.
 pub const GRPC_CODES: [&str; 17] = [
@@ -211,16 +216,31 @@ impl GrpcMetrics {
                 "Total number of gRPC stream messages sent by the server.",
                 &LABELS,
             )?,
+            seconds: {
+                let options = HistogramOpts::new(
+                    "grpc_server_handling_seconds",
+                    "Time until RPCs were answered, those that failed or were given up included.",
+                );
+                let histogram = HistogramVec::new(options.buckets(SECONDS.to_vec()), &LABELS)?;
+                registry.register(Box::new(histogram.clone()))?;
+                histogram
+            },
         };
         for method in methods {
             for counter in [&metrics.started, &metrics.received, &metrics.sent] {
                 counter.with_label_values(&["unary", service, method]);
             }
+            metrics.seconds.with_label_values(&["unary", service, method]);
             for code in GRPC_CODES {
                 metrics.handled.with_label_values(&["unary", service, method, code]);
             }
         }
         Ok(metrics)
+    }
+
+    /// Measures the time until what is returned is dropped.
+    pub fn time(&self, service: &str, method: &str) -> HistogramTimer {
+        self.seconds.with_label_values(&["unary", service, method]).start_timer()
     }
 
     /// A call has come.

@@ -40,6 +40,8 @@ pub enum Input {
     UplinkMtu(Option<u32>),
     /// A pod's interface is known.
     Wired(PodUid, LocalPod),
+    /// The interface with this index was removed.
+    Unwired(u32),
     /// Pods without a known interface have been looked for.
     Adopted,
     /// The container runtime has wired a pod; answered when what follows is published.
@@ -86,6 +88,11 @@ impl StateHandle {
     #[must_use]
     pub fn begin_listing(&self) -> u64 {
         self.listings.fetch_add(1, Ordering::SeqCst) + 1
+    }
+
+    /// Tells that an interface was removed: the next listing need not find out.
+    pub async fn unwired(&self, ifindex: u32) -> Result<(), Closed> {
+        self.send(Input::Unwired(ifindex)).await
     }
 
     /// Hands over a pod that the container runtime has wired, and waits until what follows from it is
@@ -170,6 +177,11 @@ impl State {
             }
             Input::Zone(zone) => picture.place.zone = zone,
             Input::UplinkMtu(mtu) => picture.uplink_mtu = mtu,
+            Input::Unwired(ifindex) => {
+                for uid in picture.local.unwire(ifindex) {
+                    picture.retired.remove(&uid);
+                }
+            }
             Input::Adopted => picture.adopted = true,
             Input::Wired(uid, local) => self.wire(&uid, local),
             Input::Added(pod, local, done) => {
@@ -252,6 +264,7 @@ mod tests {
             mtu: 1500,
             peer: Some(2),
             peer_netns: Some(0),
+            pod: None,
         }
     }
 

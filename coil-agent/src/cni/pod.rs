@@ -1,6 +1,8 @@
 //! ADD, DEL and CHECK of a pod in egress-only mode: another plugin has wired the pod, we learn which
 //! interface is whose and answer when its policy holds.
 
+pub mod ipam;
+
 use std::collections::BTreeSet;
 use std::future::Future;
 use std::net::IpAddr;
@@ -16,6 +18,7 @@ use tokio::time::Instant;
 use super::error::{Failure, causes};
 use super::locks::Locks;
 use super::proto::{CniArgs, ErrorCode};
+use super::server::Handler;
 use crate::index::PodView;
 use crate::local::{LocalPod, alias};
 use crate::netlink::{Link, Netlink, NetlinkError};
@@ -65,15 +68,23 @@ pub struct Call {
 impl Call {
     /// Checks the arguments of a call.
     pub fn of(args: CniArgs) -> Result<Self, Failure> {
-        const MESSAGE: &str = "failed to get CNI arguments";
-        let missing = |key: &str| {
-            Failure::new(ErrorCode::InvalidEnvironmentVariables, MESSAGE, format!("{key} is missing"))
-        };
+        let call = Self::of_any(args)?;
+        if call.namespace.is_empty() {
+            return Err(missing("K8S_POD_NAMESPACE"));
+        }
+        if call.pod.is_empty() {
+            return Err(missing("K8S_POD_NAME"));
+        }
+        Ok(call)
+    }
+
+    /// Checks the arguments of a call that does not need to know the pod: DEL.
+    pub fn of_any(args: CniArgs) -> Result<Self, Failure> {
         let mut values = args.args;
         let mut take = |key: &str| values.remove(key).filter(|value| !value.is_empty());
         let call = Self {
-            namespace: take("K8S_POD_NAMESPACE").ok_or_else(|| missing("K8S_POD_NAMESPACE"))?,
-            pod: take("K8S_POD_NAME").ok_or_else(|| missing("K8S_POD_NAME"))?,
+            namespace: take("K8S_POD_NAMESPACE").unwrap_or_default(),
+            pod: take("K8S_POD_NAME").unwrap_or_default(),
             chained: take("IS_CHAINED").is_some_and(|value| value == "true"),
             container: args.container_id,
             netns: args.netns,
@@ -85,7 +96,7 @@ impl Call {
                     text.parse().map_err(|_| {
                         Failure::new(
                             ErrorCode::InvalidNetworkConfig,
-                            MESSAGE,
+                            ARGUMENTS,
                             format!("{text:?} is not an address"),
                         )
                     })
@@ -99,6 +110,36 @@ impl Call {
             return Err(missing("the interface name"));
         }
         Ok(call)
+    }
+}
+
+const ARGUMENTS: &str = "failed to get CNI arguments";
+
+fn missing(key: &str) -> Failure {
+    Failure::new(ErrorCode::InvalidEnvironmentVariables, ARGUMENTS, format!("{key} is missing"))
+}
+
+impl<A: PodApi, N: Netlink + 'static> Handler for Pods<A, N> {
+    async fn add(&self, call: Call) -> Result<Vec<u8>, Failure> {
+        self.add(&call).await?;
+        // Chained: the plugin answers with the previous result.
+        Ok(Vec::new())
+    }
+
+    async fn del(&self, call: Call) -> Result<(), Failure> {
+        self.del(&call).await
+    }
+
+    async fn check(&self, call: Call) -> Result<(), Failure> {
+        self.check(&call).await
+    }
+
+    async fn gc(&self, valid: BTreeSet<(String, String)>) -> Result<(), Failure> {
+        self.gc(&valid).await
+    }
+
+    fn status(&self) -> Result<(), Failure> {
+        self.status()
     }
 }
 

@@ -16,11 +16,10 @@ use tonic::{Request, Response, Status};
 use tracing::{Instrument, Span};
 
 use super::error::Failure;
-use super::pod::{Call, PodApi, Pods};
+use super::pod::Call;
 use super::proto::cni_server::{Cni, CniServer, SERVICE_NAME};
 use super::proto::{AddResponse, Attachment, CniArgs, GcArgs, StatusArgs};
 use crate::metrics::{GrpcMetrics, grpc_code};
-use crate::netlink::Netlink;
 
 /// Methods of the service, for metrics.
 pub const METHODS: [&str; 5] = ["Add", "Check", "Del", "Gc", "Status"];
@@ -60,10 +59,28 @@ pub fn bind(path: &Path) -> Result<UnixListener, SocketError> {
     Ok(listener)
 }
 
+/// What answers the calls, in one mode or the other.
+pub trait Handler: Send + Sync + 'static {
+    /// ADD: the result as JSON, empty if the plugin shall give the previous one.
+    fn add(&self, call: Call) -> impl Future<Output = Result<Vec<u8>, Failure>> + Send;
+
+    /// DEL.
+    fn del(&self, call: Call) -> impl Future<Output = Result<(), Failure>> + Send;
+
+    /// CHECK.
+    fn check(&self, call: Call) -> impl Future<Output = Result<(), Failure>> + Send;
+
+    /// GC: (container, interface) of all attachments that are still valid.
+    fn gc(&self, valid: BTreeSet<(String, String)>) -> impl Future<Output = Result<(), Failure>> + Send;
+
+    /// STATUS.
+    fn status(&self) -> Result<(), Failure>;
+}
+
 /// Serves until drained, then finishes the calls that are running.
-pub async fn serve<A: PodApi, N: Netlink + 'static>(
+pub async fn serve<H: Handler>(
     listener: UnixListener,
-    pods: Pods<A, N>,
+    pods: H,
     metrics: GrpcMetrics,
     drain: Drain,
 ) -> Result<(), tonic::transport::Error> {
@@ -74,17 +91,18 @@ pub async fn serve<A: PodApi, N: Netlink + 'static>(
         .await
 }
 
-struct Service<A, N> {
-    pods: Arc<Pods<A, N>>,
+struct Service<H> {
+    pods: Arc<H>,
     metrics: GrpcMetrics,
 }
 
-impl<A: PodApi, N: Netlink + 'static> Service<A, N> {
+impl<H: Handler> Service<H> {
     async fn call<T, F>(
         &self,
         method: &'static str,
         args: CniArgs,
-        work: impl FnOnce(Arc<Pods<A, N>>, Call) -> F,
+        check: impl FnOnce(CniArgs) -> Result<Call, Failure>,
+        work: impl FnOnce(Arc<H>, Call) -> F,
     ) -> Result<Response<T>, Status>
     where
         F: Future<Output = Result<T, Failure>>,
@@ -101,7 +119,7 @@ impl<A: PodApi, N: Netlink + 'static> Service<A, N> {
             grpc.request.container_id = args.container_id,
         );
         let pods = Arc::clone(&self.pods);
-        let work = async { work(pods, Call::of(args)?).await };
+        let work = async { work(pods, check(args)?).await };
         self.observe(method, span, work).await
     }
 
@@ -115,6 +133,7 @@ impl<A: PodApi, N: Netlink + 'static> Service<A, N> {
         let begun = Instant::now();
         self.metrics.started(SERVICE_NAME, method);
         // Counts also a call that its caller has given up.
+        let _timer = self.metrics.time(SERVICE_NAME, method);
         let mut guard = Unfinished { metrics: &self.metrics, method, armed: true };
         let result = async {
             let result = work.await.map_err(|failure| (failure.code, Status::from(failure)));
@@ -157,22 +176,20 @@ impl Drop for Unfinished<'_> {
 }
 
 #[tonic::async_trait]
-impl<A: PodApi, N: Netlink + 'static> Cni for Service<A, N> {
+impl<H: Handler> Cni for Service<H> {
     async fn add(&self, request: Request<CniArgs>) -> Result<Response<AddResponse>, Status> {
-        self.call("Add", request.into_inner(), |pods, call| async move {
-            pods.add(&call).await?;
-            // Chained: the plugin answers with the previous result.
-            Ok(AddResponse::default())
-        })
-        .await
+        let work = |pods: Arc<H>, call| async move { Ok(AddResponse { result: pods.add(call).await? }) };
+        self.call("Add", request.into_inner(), Call::of, work).await
     }
 
     async fn del(&self, request: Request<CniArgs>) -> Result<Response<()>, Status> {
-        self.call("Del", request.into_inner(), |pods, call| async move { pods.del(&call).await }).await
+        let work = |pods: Arc<H>, call| async move { pods.del(call).await };
+        self.call("Del", request.into_inner(), Call::of_any, work).await
     }
 
     async fn check(&self, request: Request<CniArgs>) -> Result<Response<()>, Status> {
-        self.call("Check", request.into_inner(), |pods, call| async move { pods.check(&call).await }).await
+        let work = |pods: Arc<H>, call| async move { pods.check(call).await };
+        self.call("Check", request.into_inner(), Call::of, work).await
     }
 
     async fn gc(&self, request: Request<GcArgs>) -> Result<Response<()>, Status> {
@@ -185,7 +202,7 @@ impl<A: PodApi, N: Netlink + 'static> Cni for Service<A, N> {
         );
         let valid: BTreeSet<(String, String)> =
             valid.into_iter().map(|Attachment { container_id, ifname }| (container_id, ifname)).collect();
-        self.observe("Gc", span, self.pods.gc(&valid)).await
+        self.observe("Gc", span, self.pods.gc(valid)).await
     }
 
     async fn status(&self, _: Request<StatusArgs>) -> Result<Response<()>, Status> {

@@ -135,6 +135,8 @@ pub struct Picture {
     pub place: Place,
     /// All Egresses are for connections that pods open, whatever they say themselves.
     pub originating_only: bool,
+    /// Nobody is a client of anything: what pods ask for is not looked at.
+    pub no_egress: bool,
 }
 
 impl Picture {
@@ -241,6 +243,9 @@ impl Picture {
 
     /// What a pod wants; `named` collects the Egresses that its annotations name.
     fn wish(&self, pod: &PodView, named: &mut BTreeSet<EgressName>) -> Wish {
+        if self.no_egress {
+            return Wish::default();
+        }
         let facts = pod.facts();
         let annotations = named_egresses(&pod.annotations);
         let mut wish = Wish::default();

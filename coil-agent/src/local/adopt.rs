@@ -75,7 +75,8 @@ async fn adopt<N: Netlink>(
 ) -> Result<(), Closed> {
     let taken = snapshot.desired.pods.iter().any(|(other, pod)| other != uid && pod.ifindex == link.index);
     let alias_of_ours = link.alias.as_deref().is_some_and(|a| a.starts_with(ALIAS_PREFIX));
-    if taken || alias_of_ours {
+    let other_pod = link.pod.as_ref().is_some_and(|pod| pod != uid);
+    if taken || alias_of_ours || other_pod {
         tracing::debug!(pod.uid = uid, link = link.name, "the interface belongs to another pod");
         return Ok(());
     }

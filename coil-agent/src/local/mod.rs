@@ -14,6 +14,7 @@ use std::net::IpAddr;
 
 use crate::desired::PodUid;
 use crate::netlink::Link;
+use crate::wiring;
 
 /// Every alias of ours in egress-only mode begins with this.
 pub const ALIAS_PREFIX: &str = "COIL::";
@@ -32,6 +33,18 @@ pub fn alias(uid: &str, ifname: &str) -> String {
 pub fn parse_alias(alias: &str) -> Option<(&str, &str)> {
     let (uid, ifname) = alias.strip_prefix(ALIAS_PREFIX)?.split_once(':')?;
     (!uid.is_empty() && !ifname.is_empty()).then_some((uid, ifname))
+}
+
+/// UID and interface name that an interface tells: in IPAM mode the alias names the container, and an
+/// alternative name the pod.
+#[must_use]
+pub fn pod_of(link: &Link) -> Option<(&str, &str)> {
+    let alias = link.alias.as_deref()?;
+    parse_alias(alias).or_else(|| {
+        wiring::parse_alias(alias)?;
+        let ifname = alias.rsplit(':').next()?;
+        Some((link.pod.as_deref()?, ifname))
+    })
 }
 
 /// A pod's connection to the host.
@@ -79,6 +92,19 @@ impl LocalPods {
         before
     }
 
+    /// Forgets an interface that was removed. Returns the pods that had it.
+    pub fn unwire(&mut self, ifindex: u32) -> Vec<PodUid> {
+        let mut gone = Vec::new();
+        self.by_uid.retain(|uid, entry| {
+            let stays = entry.pod.ifindex != ifindex;
+            if !stays {
+                gone.push(uid.clone());
+            }
+            stays
+        });
+        gone
+    }
+
     /// Takes all interfaces of ours, and those of pods without our alias, as of listing number
     /// `listing`. Returns pods whose interface is gone.
     pub fn list(&mut self, links: &[Link], listing: u64) -> Vec<PodUid> {
@@ -102,7 +128,7 @@ impl LocalPods {
             .iter()
             .filter(|link| !taken.contains(&link.index))
             .filter_map(|link| {
-                let (uid, ifname) = parse_alias(link.alias.as_deref()?)?;
+                let (uid, ifname) = pod_of(link)?;
                 Some((uid, ifname, link))
             })
             .collect();
@@ -153,6 +179,7 @@ mod tests {
             mtu: 1500,
             peer: Some(2),
             peer_netns: Some(0),
+            pod: None,
         }
     }
 
@@ -208,6 +235,20 @@ mod tests {
         pods.wire("a", local(5), 1);
         assert_eq!(pods.wire("b", local(5), 1), ["a"]);
         assert!(pods.get("a").is_none());
+    }
+
+    #[test]
+    fn in_ipam_mode_another_name_tells_the_pod() {
+        let mut pods = LocalPods::default();
+        let ours = Link { pod: Some("a".into()), ..link(7, "COIL:default:c1:eth0") };
+        // The original's does not: it is found by the route to it.
+        pods.list(&[ours.clone(), link(8, "COIL:default:c2:eth0")], 1);
+        assert_eq!(pods.iter().map(|(uid, pod)| (uid.as_str(), pod.ifindex)).collect::<Vec<_>>(), [("a", 7)]);
+        assert_eq!(pods.unwire(7), ["a"]);
+        assert!(pods.unwire(7).is_empty());
+        // Somebody else's interface with a name like ours.
+        pods.list(&[Link { alias: Some("x".into()), ..ours }], 2);
+        assert_eq!(pods.iter().count(), 0);
     }
 
     #[test]

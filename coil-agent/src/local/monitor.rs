@@ -8,10 +8,10 @@ use futures::StreamExt;
 use rtnetlink::MulticastGroup;
 use tokio::sync::watch;
 
-use super::{ALIAS_PREFIX, parse_alias};
 use crate::cni::error::causes;
 use crate::netlink::{Link, Netlink, NetlinkError};
 use crate::state::{Closed, Input, Snapshot, StateHandle};
+use crate::wiring::ALIAS_PREFIX;
 
 /// Interfaces are listed at least this often, in case that a message of the kernel was lost.
 const PERIOD: Duration = Duration::from_secs(30);
@@ -92,12 +92,8 @@ async fn list<N: Netlink>(
     let listing = state.begin_listing();
     let known: Vec<(String, u32)> =
         snapshots.borrow().desired.pods.iter().map(|(uid, pod)| (uid.clone(), pod.ifindex)).collect();
-    let mut links: Vec<Link> = netlink
-        .links_with_alias(ALIAS_PREFIX)
-        .await?
-        .into_iter()
-        .filter(|link| link.alias.as_deref().and_then(parse_alias).is_some())
-        .collect();
+    // Of both modes. Those that do not tell whose they are may have been found by a route.
+    let mut links: Vec<Link> = netlink.links_with_alias(ALIAS_PREFIX).await?;
     // Interfaces whose alias belongs to somebody else.
     for (_, index) in known {
         if !links.iter().any(|link| link.index == index) {

@@ -35,6 +35,7 @@ impl FakeNetlink {
                     mtu: 1500,
                     peer: Some(2),
                     peer_netns: Some(0),
+                    pod: None,
                 },
             );
             state.peers.insert((netns.into(), name.to_owned()), index);

@@ -27,6 +27,8 @@ pub struct Link {
     pub mtu: u32,
     /// Index of the peer (veth) or of the interface below.
     pub peer: Option<u32>,
+    /// UID of the pod that an alternative name of ours tells.
+    pub pod: Option<String>,
     /// Name space of that one as the kernel numbers it for ours; `None`: the same name space.
     pub peer_netns: Option<i32>,
 }

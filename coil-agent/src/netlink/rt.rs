@@ -7,15 +7,19 @@ use std::os::fd::AsRawFd;
 use std::path::Path;
 
 use futures::{StreamExt, TryStreamExt};
-use netlink_packet_core::{NLM_F_REQUEST, NetlinkMessage, NetlinkPayload};
+use netlink_packet_core::{NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload};
 use netlink_packet_route::AddressFamily;
 use netlink_packet_route::RouteNetlinkMessage;
-use netlink_packet_route::link::{InfoKind, LinkAttribute, LinkInfo, LinkMessage};
+use netlink_packet_route::link::{InfoKind, LinkAttribute, LinkInfo, LinkMessage, Prop};
 use netlink_packet_route::nsid::{NsidAttribute, NsidMessage};
 use netlink_packet_route::route::{RouteAddress, RouteAttribute, RouteMessage};
 use rtnetlink::Handle;
 
 use super::{Link, Netlink, NetlinkError};
+use crate::wiring::parse_alt_name;
+
+/// Attempts at a listing that changes keep interrupting.
+const DUMP_ATTEMPTS: u32 = 6;
 
 /// Netlink of the name space in which it was made.
 #[derive(Clone, Debug)]
@@ -52,6 +56,34 @@ impl RtNetlink {
                 error => Err(error),
             },
         }
+    }
+
+    /// All interfaces. A listing during which some have changed may miss others: it is repeated.
+    async fn all_links(&self) -> Result<Vec<LinkMessage>, NetlinkError> {
+        let error = |error| request_error("list", "interfaces".into(), error);
+        for _ in 0..DUMP_ATTEMPTS {
+            let mut request = NetlinkMessage::from(RouteNetlinkMessage::GetLink(LinkMessage::default()));
+            request.header.flags = NLM_F_REQUEST | NLM_F_DUMP;
+            let mut answers = self.handle.clone().request(request).map_err(error)?;
+            let (mut messages, mut interrupted) = (Vec::new(), false);
+            while let Some(answer) = answers.next().await {
+                interrupted |= answer.header.flags & NLM_F_DUMP_INTR != 0;
+                match answer.payload {
+                    NetlinkPayload::InnerMessage(RouteNetlinkMessage::NewLink(message)) => {
+                        messages.push(message)
+                    }
+                    NetlinkPayload::Error(message) => {
+                        return Err(error(rtnetlink::Error::NetlinkError(message)));
+                    }
+                    _ => {}
+                }
+            }
+            if !interrupted {
+                return Ok(messages);
+            }
+        }
+        let source = io::Error::from_raw_os_error(libc::EINTR);
+        Err(NetlinkError::Request { operation: "list", subject: "interfaces".into(), source })
     }
 
     async fn route(&self, address: IpAddr) -> Result<Option<Hop>, NetlinkError> {
@@ -138,14 +170,7 @@ impl Netlink for RtNetlink {
     }
 
     async fn links_with_alias(&self, prefix: &str) -> Result<Vec<Link>, NetlinkError> {
-        let messages: Vec<LinkMessage> = self
-            .handle
-            .link()
-            .get()
-            .execute()
-            .try_collect()
-            .await
-            .map_err(|error| request_error("list", "interfaces".into(), error))?;
+        let messages = self.all_links().await?;
         Ok(messages
             .iter()
             .map(link)
@@ -227,6 +252,7 @@ fn link(message: &LinkMessage) -> Link {
         kind: None,
         mtu: 0,
         peer: None,
+        pod: None,
         peer_netns: None,
     };
     for attribute in &message.attributes {
@@ -236,6 +262,12 @@ fn link(message: &LinkMessage) -> Link {
             LinkAttribute::Mtu(mtu) => link.mtu = *mtu,
             LinkAttribute::Link(peer) if *peer != 0 => link.peer = Some(*peer),
             LinkAttribute::LinkNetNsId(id) => link.peer_netns = Some(*id),
+            LinkAttribute::PropList(properties) => {
+                link.pod = properties.iter().find_map(|property| match property {
+                    Prop::AltIfName(name) => parse_alt_name(name).map(str::to_owned),
+                    _ => None,
+                });
+            }
             LinkAttribute::LinkInfo(infos) => {
                 link.kind = infos.iter().find_map(|info| match info {
                     LinkInfo::Kind(InfoKind::Veth) => Some("veth".to_owned()),

@@ -20,10 +20,10 @@ use crate::netlink::fake::FakeNetlink;
 use crate::state::{Input, State};
 use crate::writer::Writer;
 
-const NETNS: &str = "/run/netns/a";
+pub(super) const NETNS: &str = "/run/netns/a";
 
 #[derive(Clone, Default)]
-struct FakeApi(Arc<Mutex<BTreeMap<String, Pod>>>);
+pub(super) struct FakeApi(Arc<Mutex<BTreeMap<String, Pod>>>);
 
 impl PodApi for FakeApi {
     async fn get(&self, _namespace: &str, name: &str) -> Result<Option<Pod>, kube::Error> {
@@ -32,7 +32,7 @@ impl PodApi for FakeApi {
 }
 
 impl FakeApi {
-    fn set(&self, name: &str, annotation: Option<&str>) {
+    pub(super) fn set(&self, name: &str, annotation: Option<&str>) {
         let pod = json!({
             "metadata": {"name": name, "namespace": "demo", "uid": format!("uid-{name}"),
                 "annotations": annotation.map(|a| json!({"egress.coil.cybozu.com/internet": a}))},
@@ -45,9 +45,9 @@ impl FakeApi {
 
 /// A datapath that holds what it is told, unless it is broken.
 #[derive(Clone, Default)]
-struct FakeDatapath {
-    state: Arc<Mutex<DesiredState>>,
-    broken: Arc<Mutex<bool>>,
+pub(super) struct FakeDatapath {
+    pub(super) state: Arc<Mutex<DesiredState>>,
+    pub(super) broken: Arc<Mutex<bool>>,
 }
 
 impl Datapath for FakeDatapath {
@@ -70,18 +70,18 @@ impl Datapath for FakeDatapath {
     }
 }
 
-struct World {
-    api: FakeApi,
+pub(super) struct World {
+    pub(super) api: FakeApi,
     netlink: Arc<FakeNetlink>,
-    datapath: FakeDatapath,
-    state: StateHandle,
-    pods: Option<Pods<FakeApi, FakeNetlink>>,
-    drain: Drain,
+    pub(super) datapath: FakeDatapath,
+    pub(super) state: StateHandle,
+    pub(super) pods: Option<Pods<FakeApi, FakeNetlink>>,
+    pub(super) drain: Drain,
 }
 
 impl World {
     /// Everything but the watches, which the tests are.
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         let (state, handle, snapshots) = State::new();
         let (api, netlink) = (FakeApi::default(), Arc::new(FakeNetlink::default()));
         let (datapath, drain) = (FakeDatapath::default(), Drain::new());
@@ -96,7 +96,7 @@ impl World {
         Self { api, netlink, datapath, state: handle, pods: Some(pods), drain }
     }
 
-    async fn listed(&self, egresses: Vec<EgressView>) {
+    pub(super) async fn listed(&self, egresses: Vec<EgressView>) {
         fn reset<T>(objects: Vec<T>) -> Change<T> {
             Change::Reset { objects, unreadable: vec![] }
         }
@@ -124,7 +124,7 @@ impl Drop for World {
     }
 }
 
-fn args() -> CniArgs {
+pub(super) fn args() -> CniArgs {
     let pairs = [("K8S_POD_NAMESPACE", "demo"), ("K8S_POD_NAME", "a"), ("IS_CHAINED", "true")];
     CniArgs {
         container_id: "c1".into(),
@@ -143,7 +143,7 @@ fn code(result: Result<(), Failure>) -> (ErrorCode, String) {
 }
 
 #[tokio::test]
-async fn add_answers_when_the_datapath_holds_the_pod() {
+async fn a86_in_egress_only_mode_add_answers_when_the_datapath_holds_the_pod() {
     let world = World::new();
     world.api.set("a", Some("x"));
     world.listed(vec![egress("x", &["8.0.0.0/8"])]).await;
@@ -163,7 +163,7 @@ async fn add_answers_when_the_datapath_holds_the_pod() {
 }
 
 #[tokio::test]
-async fn a_missing_egress_is_worth_another_attempt_and_the_pod_is_closed() {
+async fn a87_a_missing_egress_is_worth_another_attempt_and_the_pod_is_closed() {
     let world = World::new();
     world.api.set("a", Some("x"));
     world.listed(vec![]).await;
@@ -176,6 +176,38 @@ async fn a_missing_egress_is_worth_another_attempt_and_the_pod_is_closed() {
     assert!(held.policy.unwrap().v4.values().any(|action| *action == crate::desired::PolicyAction::Block));
     world.state.send(Input::Egresses(Change::Apply(egress("x", &["8.0.0.0/8"])))).await.unwrap();
     world.add().await.unwrap();
+}
+
+/// The original refuses ADD without a Service and looks at its addresses; what counts with us are the gateways
+/// that there are: the pod starts, and what has no gateway is dropped until there is one.
+#[tokio::test]
+async fn a87_an_egress_has_the_gateways_that_there_are_of_each_family() {
+    let world = World::new();
+    world.api.set("a", Some("x"));
+    world.listed(vec![egress("x", &["8.0.0.0/8", "2001:db8::/32"])]).await;
+    world.add().await.unwrap();
+    let name = crate::desired::EgressName { namespace: "internet".into(), name: "x".into() };
+    let gateways = |world: &World| {
+        let egress = world.datapath.state.lock().unwrap().egresses[&name].clone();
+        (egress.v4.len(), egress.v6.len())
+    };
+    assert_eq!(gateways(&world), (0, 0));
+    let slice = crate::index::SliceView {
+        key: egress("x", &[]).key,
+        egress: name.clone(),
+        gateways: [(
+            "10.2.0.1".parse().unwrap(),
+            crate::index::GatewayView::new(crate::desired::GatewayState::Ready),
+        )]
+        .into(),
+    };
+    world.state.send(Input::Slices(Change::Apply(slice))).await.unwrap();
+    let applied = async {
+        while gateways(&world) != (1, 0) {
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(5), applied).await.unwrap();
 }
 
 #[tokio::test]

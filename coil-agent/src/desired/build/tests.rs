@@ -317,3 +317,12 @@ fn what_an_egress_says_about_gateways_reaches_the_datapath() {
     picture.originating_only = true;
     assert!(of(&outcome(&mut picture).desired, "y").1);
 }
+
+#[test]
+fn without_egress_nobody_is_a_client() {
+    let mut picture = picture(vec![annotated("a", "1", "nat,missing")], vec![egress("nat", &["8.0.0.0/8"])]);
+    picture.no_egress = true;
+    let outcome = outcome(&mut picture);
+    assert!(outcome.problems.is_empty());
+    assert!(outcome.desired.pods["1"].policy.is_none() && outcome.desired.egresses.is_empty());
+}
