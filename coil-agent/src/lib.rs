@@ -16,6 +16,7 @@ pub mod metrics;
 pub mod netlink;
 pub mod programs;
 pub mod router;
+pub mod routes;
 pub mod state;
 pub mod watch;
 pub mod wiring;

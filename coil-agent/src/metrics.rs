@@ -33,7 +33,9 @@ impl WatchMetrics {
         )?;
         registry.register(Box::new(errors.clone()))?;
         registry.register(Box::new(unreadable.clone()))?;
-        for kind in ["pods", "egresses", "endpointslices", "namespaces", "nodes"] {
+        for kind in
+            ["pods", "egresses", "endpointslices", "namespaces", "nodes", "addresspools", "blockrequests"]
+        {
             errors.with_label_values(&[kind]);
             unreadable.with_label_values(&[kind]);
         }

@@ -3,12 +3,35 @@
 //!
 //! Owns which address is whose, and when a block is asked for or given back. What the kernel holds is
 //! somebody else's: after a restart it tells whose addresses are in use ([`Found`]).
+//!
+//! `app.rs` makes an [`IpamService`] from what was found, lets [`IpamService::run`] be a task of its own with
+//! [`KubeApi`], [`watch::news`] and an exporter of [`crate::routes`], and gives clones of the service to
+//! whoever wants addresses ([`Addresses`]).
 
 use std::error::Error;
 use std::fmt;
 use std::future::Future;
 use std::net::{Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
+
+pub mod api;
+pub mod block;
+pub mod core;
+pub mod demand;
+pub mod ledger;
+pub mod metrics;
+pub mod node;
+pub mod pool;
+pub mod service;
+#[cfg(test)]
+mod testing;
+pub mod watch;
+
+pub use api::KubeApi;
+pub use core::Pace;
+pub use metrics::IpamMetrics;
+pub use node::NodeAddresses;
+pub use service::{IpamOptions, IpamService};
 
 /// What an address is handed out to: one interface of one sandbox. Asking twice gives the same address.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -69,8 +92,14 @@ pub enum IpamError {
         source: Option<Cause>,
     },
     /// All addresses of the pool are taken.
-    #[error("out of blocks in pool {pool}: {reason}")]
+    #[error("out of blocks in pool {pool}")]
     Exhausted {
+        /// The pool.
+        pool: String,
+    },
+    /// The controller gives no block of the pool.
+    #[error("no block of pool {pool}: {reason}")]
+    Refused {
         /// The pool.
         pool: String,
         /// What the controller says.
@@ -134,7 +163,10 @@ impl IpamError {
     pub fn is_transient(&self) -> bool {
         match self {
             Self::NotReady { .. } | Self::Exhausted { .. } | Self::Timeout { .. } => true,
-            Self::UnknownPool { .. } | Self::PoolDeleted { .. } | Self::Name { .. } => false,
+            Self::Refused { .. }
+            | Self::UnknownPool { .. }
+            | Self::PoolDeleted { .. }
+            | Self::Name { .. } => false,
         }
     }
 }
@@ -148,12 +180,13 @@ mod tests {
         let pool = || "p".to_owned();
         for error in [
             IpamError::NotReady { source: None },
-            IpamError::Exhausted { pool: pool(), reason: "full".into() },
+            IpamError::Exhausted { pool: pool() },
             IpamError::Timeout { pool: pool(), source: Some(Cause::new(std::fmt::Error)) },
         ] {
             assert!(error.is_transient(), "{error}");
         }
         for error in [
+            IpamError::Refused { pool: pool(), reason: "invalid pool".into() },
             IpamError::UnknownPool { pool: pool() },
             IpamError::PoolDeleted { pool: pool() },
             IpamError::Name { name: pool() },

@@ -12,6 +12,7 @@ mod pins;
 mod ports;
 mod restart;
 mod router;
+mod routes;
 mod scenarios;
 mod shortcut;
 mod summed;
