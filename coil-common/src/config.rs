@@ -46,7 +46,12 @@ pub struct Config {
     pub nat_client_ports: u32,
     /// Egress flows of one family that a pod of a node may have; 0 for no limit.
     pub pod_flows: u32,
+    /// Seconds that idle flows are kept, by kind: what the agent goes by, for whoever lists them. Programs do not look.
+    pub timeouts: [u32; TIMEOUTS],
 }
+
+/// Kinds of idle flows that have times of their own.
+pub const TIMEOUTS: usize = 11;
 
 /// [`Config::icmp_rate`] unless configured otherwise.
 pub const DEFAULT_ICMP_RATE: u32 = 250;
@@ -67,4 +72,4 @@ pub const CONFIG_SHORTCUT: u32 = 1 << 9;
 /// [`Config::flags`]: IP protocols without ports that are known here are translated by address alone.
 pub const CONFIG_ADDRESS_ONLY: u32 = 1 << 4;
 
-shared! { Config = 68 }
+shared! { Config = 112 }

@@ -293,6 +293,7 @@ impl NodeDatapath {
             seed: boot_seed()?,
             flags: (u32::from(shortcut) * CONFIG_SHORTCUT) | (u32::from(address_only) * CONFIG_ADDRESS_ONLY),
             pod_flows: max_pod_flows,
+            timeouts: timeouts.seconds(),
             ..Config::default()
         };
         icmp.apply(&mut config);
@@ -323,7 +324,7 @@ impl NodeDatapath {
         let flow_capacity = [loaded.capacity(names::MAP_FLOWS_V4), loaded.capacity(names::MAP_FLOWS_V6)];
         let names = PodNames::new(&mut loaded)?;
         let fill = MapFill::new(&capacities);
-        let inbound = InboundSweeper::new(&mut loaded, fill.clone())?;
+        let inbound = InboundSweeper::new(&mut loaded, timeouts, fill.clone())?;
         let mut maps = NodeMaps::new(&mut loaded)?;
         maps.fill_slots()?;
         let limits = maps.limits();

@@ -4,6 +4,7 @@
 //! them too; a client node keeps a flow a little longer than its gateway, so that a flow that the
 //! gateway still knows never changes its gateway.
 
+use coil_common::config::{Config, TIMEOUTS};
 use coil_common::values::{
     STATE_CONFIRMED, STATE_FIN, STATE_REPLY, STATE_REPLY_FIN, STATE_REPLY_RST, STATE_RST,
 };
@@ -93,7 +94,75 @@ impl Default for Timeouts {
     }
 }
 
+impl From<[u32; TIMEOUTS]> for Timeouts {
+    fn from(seconds: [u32; TIMEOUTS]) -> Self {
+        let [
+            tcp_opening,
+            tcp_opening_pressed,
+            tcp_established,
+            tcp_closing,
+            tcp_closed,
+            tcp_reset,
+            udp,
+            udp_stream,
+            udp_dns,
+            icmp,
+            other,
+        ] = seconds;
+        Self {
+            tcp_opening,
+            tcp_opening_pressed,
+            tcp_established,
+            tcp_closing,
+            tcp_closed,
+            tcp_reset,
+            udp,
+            udp_stream,
+            udp_dns,
+            icmp,
+            other,
+        }
+    }
+}
+
 impl Timeouts {
+    /// In the order of the configuration of programs.
+    #[must_use]
+    pub fn seconds(&self) -> [u32; TIMEOUTS] {
+        let Self {
+            tcp_opening,
+            tcp_opening_pressed,
+            tcp_established,
+            tcp_closing,
+            tcp_closed,
+            tcp_reset,
+            udp,
+            udp_stream,
+            udp_dns,
+            icmp,
+            other,
+        } = *self;
+        [
+            tcp_opening,
+            tcp_opening_pressed,
+            tcp_established,
+            tcp_closing,
+            tcp_closed,
+            tcp_reset,
+            udp,
+            udp_stream,
+            udp_dns,
+            icmp,
+            other,
+        ]
+    }
+
+    /// Those that programs were configured with.
+    #[must_use]
+    pub fn configured(config: &Config) -> Self {
+        config.timeouts.into()
+    }
+
     /// Seconds that a flow without packets is kept. `state` are the `STATE_*` bits of both directions
     /// together, `port` is the destination port as the initiator sends; `pressed` says that the table
     /// is nearly full.
@@ -149,6 +218,16 @@ mod tests {
     struct Command {
         #[command(flatten)]
         timeouts: Timeouts,
+    }
+
+    #[test]
+    fn they_are_told_to_whoever_lists_flows() {
+        let mut seconds = [0; TIMEOUTS];
+        seconds.iter_mut().zip(1..).for_each(|(second, number)| *second = number);
+        let config = Config { timeouts: seconds, ..Config::default() };
+        assert_eq!(Timeouts::configured(&config).seconds(), seconds);
+        let Timeouts { tcp_opening, tcp_established, other, .. } = seconds.into();
+        assert_eq!((tcp_opening, tcp_established, other), (1, 3, 11));
     }
 
     #[test]

@@ -127,6 +127,7 @@ impl GatewayDatapath {
             nat_admit: admitted(*max_nat),
             nat_client_flows: quotas.client_flows,
             nat_client_ports: quotas.client_ports,
+            timeouts: timeouts.seconds(),
             ..Config::default()
         };
         icmp.apply(&mut config);

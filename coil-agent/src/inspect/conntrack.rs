@@ -247,7 +247,9 @@ impl Pair {
                 rx_bytes,
                 age: age(now, created),
                 idle,
-                expires_in: Timeouts::default()
+                expires_in: gateway
+                    .config
+                    .map_or(Timeouts::default(), |config| Timeouts::configured(&config))
                     .of(tuple.protocol, tuple.dst_port, bits, false)
                     .saturating_sub(idle),
             },
@@ -336,7 +338,7 @@ fn flow(node: &Node, tuple: &Tuple, value: &FlowValue, egress: String, now: u32)
     let gateway = node.gateways.get(&value.gateway);
     let current = gateway.filter(|gateway| gateway.generation == value.gateway_generation);
     let idle = age(now, value.last_seen);
-    let kept = Timeouts::default().of_node(tuple.protocol, tuple.dst_port, value.state, false);
+    let kept = Timeouts::configured(&node.config).of_node(tuple.protocol, tuple.dst_port, value.state, false);
     Flow {
         pod: node.pod_with(tuple.src).map(super::node::Pod::label),
         protocol: protocol(tuple.protocol),

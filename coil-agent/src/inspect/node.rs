@@ -16,6 +16,7 @@ use coil_common::values::{
 use super::InspectError;
 use super::args::PodRef;
 use crate::datapath::internal::{ReadMap, boot_seed, current, decode_egress_name, text};
+use crate::datapath::timeouts::Timeouts;
 use crate::desired::EgressName;
 use crate::local::{ALIAS_PREFIX, parse_alias};
 use crate::netlink::{Netlink, RtNetlink};
@@ -223,6 +224,7 @@ impl Node {
                     what: "the boot id",
                     source: io::ErrorKind::NotFound.into(),
                 })?,
+                timeouts: Timeouts::default().seconds(),
                 ..Config::default()
             },
         };

@@ -17,7 +17,7 @@ use aya_ebpf::{
     programs::TcContext,
 };
 use coil_common::{
-    config::{CONFIG_SHORTCUT, Config},
+    config::{CONFIG_SHORTCUT, Config, TIMEOUTS},
     events::{HOOK_FROM_POD, HOOK_GATEWAY, HOOK_TO_POD},
     stats::DropReason,
     values::{NO_POLICY, POD_GATEWAY, PodValue},
@@ -128,6 +128,7 @@ static CONFIG: Config = Config {
     nat_client_flows: 0,
     nat_client_ports: 0,
     pod_flows: 0,
+    timeouts: [0; TIMEOUTS],
 };
 
 /// The configuration as the loader left it, which the compiler must not think it knows.
