@@ -321,6 +321,11 @@ impl NatCollector {
         [self.v4.totals(), self.v6.totals()]
     }
 
+    /// Translations of both families that the last complete walks have left.
+    pub fn entries(&self) -> u64 {
+        self.totals().iter().map(|totals| totals.entries).sum()
+    }
+
     /// Looks at about `budget` entries at `now` seconds since boot, and removes those that have expired;
     /// true at the end of a walk through both families.
     pub fn sweep(&mut self, now: u32, budget: usize) -> Result<bool, MapAccessError> {

@@ -8,6 +8,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Instant;
 
+use coil_agent::datapath::timeouts::Timeouts;
+use coil_agent::datapath::{NodeDatapath, NodeOptions};
+use coil_agent::gateway::datapath::{GatewayOptions, Quotas};
 use coil_common::keys::FlowKey4;
 use coil_common::names::{MAP_FLOWS_V4, MAP_NAT_FORWARD_V4, MAP_NAT_REVERSE_V4};
 use coil_common::values::{FlowValue, NatValue4};
@@ -133,10 +136,51 @@ fn explain_says_what_happens_and_changes_nothing() {
 
 #[test]
 #[ignore = "privileged: needs root and the eBPF object"]
+fn explain_names_the_share_that_is_used_up() {
+    let topology = Topology::new();
+    let options = NodeOptions { max_pod_flows: 2, ..topology.node_options() };
+    let node = topology.node.run(move || NodeDatapath::open(options)).unwrap();
+    let _node = topology.apply(node, &topology.state());
+    let quotas = Quotas { client_ports: 1, ..Quotas::default() };
+    let _gateway = topology.open_gateway_with(GatewayOptions { quotas, ..topology.gateway_options() });
+    let world = topology.external.address(false);
+    let explain = |status, port| {
+        json(&topology, status, &format!("explain test/vclient {} --protocol udp", socket(world, port)))
+    };
+    assert_eq!(explain(0, 7)["verdict"], "egress");
+
+    // One translation to that address and port, of which the gateway allows no second.
+    send_datagrams(&topology, 5001..5002);
+    let said = explain(2, 9);
+    assert_eq!(
+        (&said["drop"]["reason"], &said["drop"]["where"]),
+        (&"client_port_quota".into(), &"test/vgateway".into())
+    );
+    assert_eq!(explain(0, 10)["verdict"], "egress");
+
+    // Another flow, and the pod has its two.
+    send_datagrams(&topology, 5002..5003);
+    let said = explain(2, 10);
+    assert_eq!((&said["drop"]["reason"], &said["drop"]["where"]), (&"pod_flow_quota".into(), &"node".into()));
+    let words = text(&topology, 2, &format!("explain test/vclient {} --protocol udp", socket(world, 10)));
+    for word in ["DROPPED", "pod_flow_quota", "--max-flows-per-pod"] {
+        assert!(words.contains(word), "{word}: {words}");
+    }
+}
+
+#[test]
+#[ignore = "privileged: needs root and the eBPF object"]
 fn listings_show_what_there_is() {
     let topology = Topology::new();
-    let _node = topology.apply(topology.open_node(None), &topology.state());
-    let _gateway = topology.open_gateway();
+    // Listings go by the time-outs that each datapath has.
+    let options = NodeOptions {
+        timeouts: Timeouts { udp: 5000, udp_stream: 5000, ..Timeouts::default() },
+        ..topology.node_options()
+    };
+    let node = topology.node.run(move || NodeDatapath::open(options)).unwrap();
+    let _node = topology.apply(node, &topology.state());
+    let timeouts = Timeouts { udp: 4000, udp_stream: 4000, ..Timeouts::default() };
+    let _gateway = topology.open_gateway_with(GatewayOptions { timeouts, ..topology.gateway_options() });
     let (server, thread) = echo_server(&topology, false);
     let sent = pattern(200_000);
     assert_eq!(send_tcp(&topology, server, sent.clone()), sent);
@@ -149,6 +193,9 @@ fn listings_show_what_there_is() {
     assert_eq!(all["translations"].as_array().unwrap().len(), 2, "{all:#}");
     let tcp =
         json(&topology, 0, &format!("conntrack --protocol tcp --destination {server} --pod test/vclient"));
+    let udp = json(&topology, 0, "conntrack --protocol udp");
+    let left = |kind: &str| udp[kind][0]["expiresIn"].as_u64().unwrap() / 1000;
+    assert_eq!((left("flows"), left("translations")), (5, 3), "{udp:#}");
     let (flow, pair) = (&tcp["flows"][0], &tcp["translations"][0]);
     assert_eq!(flow["pod"], "test/vclient", "{tcp:#}");
     assert_eq!(

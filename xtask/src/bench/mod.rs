@@ -33,6 +33,8 @@ pub struct Bench {
 enum Name {
     /// Cost of each program on each path, and rates through the lab
     Datapath,
+    /// What a walk of a gateway's collector through a million translations costs
+    Sweep,
     /// Rates of one path: plain routing, translation, VXLAN with translation, and ours
     Path,
     /// The same against the kernel's FOU, in a virtual machine that counts instructions
@@ -73,7 +75,7 @@ impl Bench {
         host::ensure(host::BENCH)?;
         Build::default().run()?;
         let names = if self.names.is_empty() {
-            &[Name::Datapath, Name::Path, Name::Counted][..]
+            &[Name::Datapath, Name::Sweep, Name::Path, Name::Counted][..]
         } else {
             &self.names
         };
@@ -81,9 +83,10 @@ impl Bench {
         for name in names {
             match name {
                 Name::Datapath => {
-                    figures.extend(testrun::measure()?);
+                    figures.extend(testrun::datapath()?);
                     figures.extend(runtime()?.block_on(traffic::measure())?);
                 }
+                Name::Sweep => figures.extend(testrun::sweep()?),
                 Name::Path => figures.extend(path::native()?),
                 Name::Counted => figures.extend(path::counted()?),
             }

@@ -1,5 +1,5 @@
-//! Cost of each program on each path: the benchmark program of `coil-agent`, which runs the loaded
-//! programs by `BPF_PROG_TEST_RUN`.
+//! Benchmark programs of `coil-agent`: cost of each program on each path, by `BPF_PROG_TEST_RUN`, and of a
+//! walk of the collector.
 
 use anyhow::{Context, Result};
 
@@ -7,13 +7,24 @@ use super::Figure;
 use crate::ebpf::cargo;
 use crate::process::{say, tee};
 
-/// Runs it and reads its figures: one JSON object a line.
-pub fn measure() -> Result<Vec<Figure>> {
+/// Each program on each path. What is timed is in the kernel, so the profile does not matter.
+pub fn datapath() -> Result<Vec<Figure>> {
     say("each program on each path (BPF_PROG_TEST_RUN)");
+    measure("datapath", "dev")
+}
+
+/// Walks of a gateway's collector.
+pub fn sweep() -> Result<Vec<Figure>> {
+    say("walks through a million translations");
+    measure("sweep", "release")
+}
+
+/// Runs a program and reads its figures: one JSON object a line.
+fn measure(bench: &str, profile: &str) -> Result<Vec<Figure>> {
     let mut figures = Vec::new();
     let mut unreadable = Vec::new();
     let mut command = cargo();
-    command.args(["bench", "--quiet", "--profile", "dev", "--package", "coil-agent", "--bench", "datapath"]);
+    command.args(["bench", "--quiet", "--profile", profile, "--package", "coil-agent", "--bench", bench]);
     command.stderr(std::process::Stdio::inherit());
     let succeeded = tee(&mut command, |line| match serde_json::from_str(line) {
         Ok(figure) => figures.push(figure),
