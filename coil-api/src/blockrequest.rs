@@ -19,6 +19,8 @@ pub const REASON_COMPLETED_WITH_FAILURE: &str = "completed with failure";
 pub const REASON_OUT_OF_BLOCKS: &str = "out of blocks";
 /// Reason of [`FAILED`]: nothing is carved from a pool that is not valid.
 pub const REASON_INVALID_POOL: &str = "invalid pool";
+/// Reason of [`FAILED`]: there is no such pool.
+pub const REASON_POOL_NOT_FOUND: &str = "pool not found";
 
 /// What a node asks for.
 #[derive(CustomResource, JsonSchema, Serialize, Deserialize, Clone, Debug, Default, PartialEq, Eq)]

@@ -3,7 +3,7 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use ipnet::{Ipv4Net, Ipv6Net};
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
 use super::{AddressPoolSpec, MAX_BLOCKS, validate};
 use crate::violation::Violation;
@@ -99,6 +99,22 @@ impl Layout {
             None => None,
         };
         Some(BlockNets { ipv4, ipv6 })
+    }
+
+    /// The next index after `index` whose block may be free of `net`, which overlaps with the block of `index`.
+    /// It may be that of no block.
+    #[must_use]
+    pub fn index_behind(&self, index: u32, net: IpNet) -> u32 {
+        let next = index.saturating_add(1);
+        let at = u64::from(index);
+        let Some(subnet) = self.subnets.iter().find(|s| (s.first..s.first + s.blocks).contains(&at)) else {
+            return next;
+        };
+        let covers = |ours: Option<IpNet>| ours.is_some_and(|ours| net.contains(&ours));
+        if covers(subnet.ipv4.map(IpNet::V4)) || covers(subnet.ipv6.map(IpNet::V6)) {
+            return u32::try_from(subnet.first + subnet.blocks).unwrap_or(u32::MAX).max(next);
+        }
+        self.index_of(net.broadcast()).map_or(next, |last| last.saturating_add(1).max(next))
     }
 
     /// Index of the block that has this address, if any block has it.

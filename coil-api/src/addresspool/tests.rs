@@ -185,6 +185,18 @@ fn indexes_count_through_all_subnets() {
     assert_eq!(layout.index_of("10.2.0.8".parse().unwrap()), None);
 }
 
+#[test]
+fn what_is_in_the_way_is_skipped_at_once() {
+    let layout = pool(0, json!([{ "ipv4": "10.2.0.0/24" }, { "ipv4": "10.3.0.0/24" }])).layout().unwrap();
+    let behind = |index, net: &str| layout.index_behind(index, net.parse().unwrap());
+    assert_eq!(behind(0, "10.2.0.0/32"), 1);
+    assert_eq!(behind(3, "10.2.0.0/25"), 128);
+    assert_eq!(behind(3, "10.2.0.0/24"), 256);
+    assert_eq!(behind(3, "10.0.0.0/8"), 256);
+    assert_eq!(behind(300, "10.0.0.0/8"), 512);
+    assert_eq!(behind(600, "10.0.0.0/8"), 601);
+}
+
 /// The original counts such a pool as empty or negative.
 #[test]
 fn huge_pools_are_cut_off_rather_than_wrapped() {

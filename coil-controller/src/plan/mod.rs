@@ -1,7 +1,8 @@
-//! Plans: from an object and what was observed of its children to what should be written. Pure.
+//! Plans: from objects and what was observed to what should be written. Pure.
 
 mod deployment;
 pub mod egress;
+pub mod ipam;
 mod ownership;
 mod status;
 #[cfg(test)]
