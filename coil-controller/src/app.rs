@@ -14,13 +14,14 @@ use kube::runtime::events::{Recorder, Reporter};
 use kube::{Api, Client};
 use prometheus::Registry;
 
-use crate::args::{Args, EgressArgs, LeaderArgs};
-use crate::metrics::ReconcileMetrics;
+use crate::args::{Args, EgressArgs, IpamArgs, LeaderArgs};
+use crate::metrics::{IpamMetrics, PoolCollector, ReconcileMetrics, Writes};
 use crate::plan::egress::Settings;
 use crate::programs::coil_controller::NAME;
 use crate::reconcilers::bindings::Bindings;
 use crate::reconcilers::clients::Clients;
 use crate::reconcilers::egress::{self, Context, Memory};
+use crate::reconcilers::ipam::{self, IpamSettings};
 
 /// Time for what is under way when the process is told to end.
 const DRAIN: Duration = Duration::from_secs(20);
@@ -28,9 +29,11 @@ const DRAIN: Duration = Duration::from_secs(20);
 const RETRY: Duration = Duration::from_secs(2);
 
 pub(crate) async fn run(args: Args) -> anyhow::Result<()> {
-    let Args { metrics_addr, health_addr, egress, leader, pod_namespace, pod_name, log } = args;
+    let Args { metrics_addr, health_addr, egress, ipam, leader, pod_namespace, pod_name, log } = args;
     let EgressArgs { egress_port, egress_image, egress_drain_timeout, backend } = egress;
-    let LeaderArgs { leader_elect, leader_elect_namespace, leader_elect_name } = leader;
+    let IpamArgs { enable_ipam, node_grace_period, gc_interval } = ipam;
+    let LeaderArgs { leader_elect, leader_elect_namespace, leader_elect_name, leader_elect_ipam_name } =
+        leader;
 
     let log = telemetry::init(NAME, &log)?;
     if let Some(backend) = backend {
@@ -48,12 +51,26 @@ pub(crate) async fn run(args: Args) -> anyhow::Result<()> {
 
     let client = kube_client::client(NAME).await?;
     let me = pod_name.clone().unwrap_or_else(hostname);
-    let elector = if leader_elect {
-        let config = LeaseConfig::new(leader_elect_namespace, leader_elect_name, unique_identity(&me));
-        Some(Elector::new(client.clone(), config, &registry)?)
-    } else {
-        None
+    let elector = |name: String| -> anyhow::Result<Option<Elector>> {
+        if !leader_elect {
+            return Ok(None);
+        }
+        let config = LeaseConfig::new(leader_elect_namespace.clone(), name, unique_identity(&me));
+        Ok(Some(Elector::new(client.clone(), config, &registry)?))
     };
+    if enable_ipam {
+        let elector = elector(leader_elect_ipam_name)?;
+        let settings = IpamSettings { node_grace_period: node_grace_period.0, gc_interval: gc_interval.0 };
+        let (client, me, registry) = (client.clone(), me.clone(), registry.clone());
+        tasks.spawn("address pools", move |drain| async move {
+            let work = |drain| run_ipam(client, settings, me, registry, drain);
+            match elector {
+                Some(elector) => elector.run(drain, work).await.map_err(anyhow::Error::from),
+                None => work(drain).await,
+            }
+        });
+    }
+    let elector = elector(leader_elect_name)?;
     tasks.spawn("controllers", move |drain| async move {
         let image = match egress_image {
             Some(image) => image,
@@ -95,7 +112,8 @@ pub async fn run_controllers(
         settings,
         clock: Arc::new(SystemClock),
         bindings: bindings.clone(),
-        metrics: ReconcileMetrics::register(&registry)?,
+        metrics: ReconcileMetrics::register(&registry, "egress", "Egress")?,
+        writes: Writes::register(&registry)?,
         memory: Mutex::new(Memory::default()),
     };
     let (clients, client_watches) =
@@ -104,6 +122,39 @@ pub async fn run_controllers(
     let (egresses, (), ()) =
         tokio::join!(egresses, bindings.run(watches, drain.clone()), clients.run(client_watches, drain),);
     egresses?;
+    Ok(())
+}
+
+/// What only the leader does for address pools, until drained. `identity` names this process in Events.
+///
+/// # Errors
+/// A metric is registered already.
+pub async fn run_ipam(
+    client: Client,
+    settings: IpamSettings,
+    identity: String,
+    registry: Registry,
+    drain: Drain,
+) -> anyhow::Result<()> {
+    tracing::info!(?settings, "address pools");
+    let reporter = Reporter { controller: NAME.to_owned(), instance: Some(identity) };
+    let picture = Arc::new(Mutex::new(ipam::Picture::default()));
+    registry.register(Box::new(PoolCollector::new(picture.clone())?))?;
+    let watches = ipam::Watches::new(&client);
+    let context = ipam::Context {
+        recorder: Recorder::new(client.clone(), reporter),
+        client,
+        clock: Arc::new(SystemClock),
+        settings,
+        metrics: IpamMetrics::register(&registry)?,
+        reconciles: ipam::Reconciles {
+            pools: ReconcileMetrics::register(&registry, "addresspool", "AddressPool")?,
+            requests: ReconcileMetrics::register(&registry, "blockrequest", "BlockRequest")?,
+            nodes: ReconcileMetrics::register(&registry, "node", "Node")?,
+        },
+        picture,
+    };
+    ipam::run(Arc::new(context), watches, drain).await;
     Ok(())
 }
 

@@ -2,9 +2,10 @@
 
 use clap::{Parser, ValueEnum};
 use coil_runtime::admin::ListenAddr;
+use coil_runtime::duration::GoDuration;
 use coil_runtime::telemetry::LogArgs;
 
-/// Turns Egress objects into egress pods, and keeps their status.
+/// Turns Egress objects into egress pods, and keeps their status; gives blocks of address pools to nodes.
 ///
 /// KUBECONFIG names the API server; without it the program must run in a pod.
 #[derive(Parser, Debug)]
@@ -17,6 +18,8 @@ pub(crate) struct Args {
     pub(crate) health_addr: ListenAddr,
     #[command(flatten)]
     pub(crate) egress: EgressArgs,
+    #[command(flatten)]
+    pub(crate) ipam: IpamArgs,
     #[command(flatten)]
     pub(crate) leader: LeaderArgs,
     /// Namespace of this pod.
@@ -57,6 +60,22 @@ pub(crate) enum Backend {
     Nftables,
 }
 
+/// Flags about address pools.
+#[derive(clap::Args, Debug)]
+pub(crate) struct IpamArgs {
+    /// Whether blocks of address pools are given to nodes. Off where another CNI plugin has the addresses.
+    #[arg(long, env = "COIL_ENABLE_IPAM", default_value_t = true, action = clap::ArgAction::Set,
+          num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    pub(crate) enable_ipam: bool,
+    /// Time that a node must be gone before its blocks are taken back, as 5m or 90s. A node that reboots may
+    /// be removed and registered again; within this time it finds its blocks as they were.
+    #[arg(long, env = "COIL_NODE_GRACE_PERIOD", default_value = "5m")]
+    pub(crate) node_grace_period: GoDuration,
+    /// Time between looks at all pools and nodes, in case a change was missed.
+    #[arg(long, env = "COIL_GC_INTERVAL", default_value = "1h")]
+    pub(crate) gc_interval: GoDuration,
+}
+
 /// Flags about leader election.
 #[derive(clap::Args, Debug)]
 pub(crate) struct LeaderArgs {
@@ -67,7 +86,10 @@ pub(crate) struct LeaderArgs {
     /// Namespace of the Lease.
     #[arg(long, env = "COIL_LEADER_ELECT_NAMESPACE", default_value = "kube-system")]
     pub(crate) leader_elect_namespace: String,
-    /// Name of the Lease; that of the original keeps old and new from working side by side.
+    /// Name of the Lease for Egresses; that of the original keeps old and new from working side by side.
     #[arg(long, env = "COIL_LEADER_ELECT_NAME", default_value = "coil-egress-leader")]
     pub(crate) leader_elect_name: String,
+    /// Name of the Lease for address pools; that of the original, too.
+    #[arg(long, env = "COIL_LEADER_ELECT_IPAM_NAME", default_value = "coil-ipam-leader")]
+    pub(crate) leader_elect_ipam_name: String,
 }

@@ -111,6 +111,12 @@ impl ReconcileError {
         }
     }
 
+    /// The object is gone.
+    pub(crate) fn is_not_found(&self) -> bool {
+        matches!(self, Self::Api { source, .. }
+            if matches!(source.as_ref(), kube::Error::Api(status) if status.code == 404))
+    }
+
     /// A write that lost a race; the next attempt sees the other's work. Nobody needs to hear of it.
     pub(crate) fn is_conflict(&self) -> bool {
         matches!(self, Self::Api { source, .. }

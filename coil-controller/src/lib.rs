@@ -12,4 +12,5 @@ pub mod plan;
 pub mod programs;
 mod reconcilers;
 
-pub use app::run_controllers;
+pub use app::{run_controllers, run_ipam};
+pub use reconcilers::ipam::IpamSettings;

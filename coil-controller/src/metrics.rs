@@ -1,7 +1,7 @@
 //! What the controller counts: reconciliations under the names of controller-runtime, and the state of
-//! each Egress, read from the cache when somebody asks, so that series go with their object.
+//! each Egress and each pool, read from the cache when somebody asks, so that series go with their object.
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use coil_api::{Egress, conditions};
@@ -10,18 +10,21 @@ use kube::core::DeserializeGuard;
 use kube::runtime::reflector::Store;
 use prometheus::core::{Collector, Desc};
 use prometheus::proto::MetricFamily;
-use prometheus::{HistogramOpts, HistogramVec, IntCounterVec, IntGaugeVec, Opts, Registry};
+use prometheus::{
+    Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
+};
 
-/// Reconciliations, by controller.
+use crate::reconcilers::ipam::Picture;
+
+/// Reconciliations of one controller.
 #[derive(Clone)]
 pub(crate) struct ReconcileMetrics {
     total: IntCounterVec,
-    errors: IntCounterVec,
-    time: HistogramVec,
-    active: IntGaugeVec,
-    writes: IntCounterVec,
+    errors: IntCounter,
+    time: Histogram,
+    active: IntGauge,
     failures: IntCounterVec,
-    unreadable: IntCounterVec,
+    unreadable: IntCounter,
 }
 
 /// How a reconciliation ended.
@@ -34,90 +37,186 @@ pub(crate) enum Ended {
 }
 
 impl ReconcileMetrics {
-    pub(crate) fn register(registry: &Registry) -> prometheus::Result<Self> {
+    /// Registers the series of a controller, which are apart from those of others by a label.
+    pub(crate) fn register(registry: &Registry, controller: &str, kind: &str) -> prometheus::Result<Self> {
+        let opts = |name, help| Opts::new(name, help).const_label("controller", controller);
         let metrics = Self {
             total: IntCounterVec::new(
-                Opts::new("controller_runtime_reconcile_total", "Reconciliations by result."),
-                &["controller", "result"],
+                opts("controller_runtime_reconcile_total", "Reconciliations by result."),
+                &["result"],
             )?,
-            errors: IntCounterVec::new(
-                Opts::new("controller_runtime_reconcile_errors_total", "Reconciliations that failed."),
-                &["controller"],
-            )?,
-            time: HistogramVec::new(
+            errors: IntCounter::with_opts(opts(
+                "controller_runtime_reconcile_errors_total",
+                "Reconciliations that failed.",
+            ))?,
+            time: Histogram::with_opts(
                 HistogramOpts::new("controller_runtime_reconcile_time_seconds", "Length of reconciliations.")
+                    .const_label("controller", controller)
                     .buckets(vec![0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0]),
-                &["controller"],
             )?,
-            active: IntGaugeVec::new(
-                Opts::new("controller_runtime_active_workers", "Reconciliations going on."),
-                &["controller"],
-            )?,
-            writes: IntCounterVec::new(
-                Opts::new(
-                    "coil_controller_writes_total",
-                    "Changes made to objects that belong to an Egress.",
-                ),
-                &["kind", "operation"],
-            )?,
+            active: IntGauge::with_opts(opts(
+                "controller_runtime_active_workers",
+                "Reconciliations going on.",
+            ))?,
             failures: IntCounterVec::new(
-                Opts::new(
-                    "coil_controller_reconcile_failures_total",
-                    "Reconciliations that failed, by reason.",
-                ),
-                &["controller", "reason"],
+                opts("coil_controller_reconcile_failures_total", "Reconciliations that failed, by reason."),
+                &["reason"],
             )?,
-            unreadable: IntCounterVec::new(
-                Opts::new("coil_controller_unreadable_objects_total", "Objects that could not be read."),
-                &["kind"],
+            unreadable: IntCounter::with_opts(
+                Opts::new("coil_controller_unreadable_objects_total", "Objects that could not be read.")
+                    .const_label("kind", kind),
             )?,
         };
         registry.register(Box::new(metrics.total.clone()))?;
         registry.register(Box::new(metrics.errors.clone()))?;
         registry.register(Box::new(metrics.time.clone()))?;
         registry.register(Box::new(metrics.active.clone()))?;
-        registry.register(Box::new(metrics.writes.clone()))?;
         registry.register(Box::new(metrics.failures.clone()))?;
         registry.register(Box::new(metrics.unreadable.clone()))?;
         for result in ["success", "invalid", "conflict", "error"] {
-            metrics.total.with_label_values(&[EGRESS, result]).inc_by(0);
+            metrics.total.with_label_values(&[result]).inc_by(0);
         }
-        metrics.errors.with_label_values(&[EGRESS]).inc_by(0);
-        metrics.unreadable.with_label_values(&["Egress"]).inc_by(0);
         Ok(metrics)
     }
 
     pub(crate) fn started(&self) {
-        self.active.with_label_values(&[EGRESS]).inc();
+        self.active.inc();
     }
 
     pub(crate) fn ended(&self, how: Ended, took: Duration) {
-        self.active.with_label_values(&[EGRESS]).dec();
-        self.time.with_label_values(&[EGRESS]).observe(took.as_secs_f64());
+        self.active.dec();
+        self.time.observe(took.as_secs_f64());
         let result = match how {
             Ended::Success => "success",
             Ended::Invalid => "invalid",
             Ended::Conflict => "conflict",
             Ended::Error(_) => "error",
         };
-        self.total.with_label_values(&[EGRESS, result]).inc();
+        self.total.with_label_values(&[result]).inc();
         if let Ended::Error(reason) = how {
-            self.errors.with_label_values(&[EGRESS]).inc();
-            self.failures.with_label_values(&[EGRESS, reason]).inc();
+            self.errors.inc();
+            self.failures.with_label_values(&[reason]).inc();
         }
     }
 
-    pub(crate) fn wrote(&self, kind: &str, operation: &str) {
-        self.writes.with_label_values(&[kind, operation]).inc();
-    }
-
-    pub(crate) fn unreadable(&self, kind: &str) {
-        self.unreadable.with_label_values(&[kind]).inc();
+    pub(crate) fn unreadable(&self) {
+        self.unreadable.inc();
     }
 }
 
-/// Name of the controller, in labels and as field manager.
-const EGRESS: &str = "egress";
+/// Changes made for Egresses.
+#[derive(Clone)]
+pub(crate) struct Writes(IntCounterVec);
+
+impl Writes {
+    pub(crate) fn register(registry: &Registry) -> prometheus::Result<Self> {
+        let writes = IntCounterVec::new(
+            Opts::new("coil_controller_writes_total", "Changes made to objects that belong to an Egress."),
+            &["kind", "operation"],
+        )?;
+        registry.register(Box::new(writes.clone()))?;
+        Ok(Self(writes))
+    }
+
+    pub(crate) fn wrote(&self, kind: &str, operation: &str) {
+        self.0.with_label_values(&[kind, operation]).inc();
+    }
+}
+
+/// What the address pools' part counts.
+pub(crate) struct IpamMetrics {
+    requests: IntCounterVec,
+    collected: IntCounter,
+}
+
+impl IpamMetrics {
+    pub(crate) fn register(registry: &Registry) -> prometheus::Result<Self> {
+        let metrics = Self {
+            requests: IntCounterVec::new(
+                Opts::new("coil_controller_block_requests_total", "Requests for blocks, by answer."),
+                &["result"],
+            )?,
+            collected: IntCounter::new(
+                "coil_controller_collected_blocks_total",
+                "Blocks deleted because their node is gone.",
+            )?,
+        };
+        registry.register(Box::new(metrics.requests.clone()))?;
+        registry.register(Box::new(metrics.collected.clone()))?;
+        for result in ["allocated", "out_of_blocks", "pool_being_deleted", "pool_not_found", "invalid_pool"] {
+            metrics.requests.with_label_values(&[result]).inc_by(0);
+        }
+        Ok(metrics)
+    }
+
+    pub(crate) fn answered(&self, result: &str) {
+        self.requests.with_label_values(&[result]).inc();
+    }
+
+    pub(crate) fn collected(&self) {
+        self.collected.inc();
+    }
+}
+
+/// State of all pools, read when somebody asks, so that series go with their pool.
+pub(crate) struct PoolCollector {
+    picture: Arc<Mutex<Picture>>,
+    gauges: Mutex<PoolGauges>,
+    descs: Vec<Desc>,
+}
+
+struct PoolGauges {
+    max: IntGaugeVec,
+    allocated: IntGaugeVec,
+    valid: IntGaugeVec,
+    missing: IntGauge,
+}
+
+impl PoolGauges {
+    fn all(&self) -> [&dyn Collector; 4] {
+        [&self.max, &self.allocated, &self.valid, &self.missing]
+    }
+}
+
+impl PoolCollector {
+    pub(crate) fn new(picture: Arc<Mutex<Picture>>) -> prometheus::Result<Self> {
+        let gauge = |name, help| IntGaugeVec::new(Opts::new(name, help), &["pool"]);
+        let gauges = PoolGauges {
+            max: gauge("coil_controller_max_blocks", "Blocks that the subnets of the pool can hold.")?,
+            allocated: gauge("coil_controller_allocated_blocks", "Blocks of the pool that exist.")?,
+            valid: gauge("coil_controller_pool_valid", "Whether blocks are carved from the pool: 1 or 0.")?,
+            missing: IntGauge::new("coil_controller_missing_nodes", "Nodes with blocks that do not exist.")?,
+        };
+        let descs = gauges.all().into_iter().flat_map(Collector::desc).cloned().collect();
+        Ok(Self { picture, gauges: Mutex::new(gauges), descs })
+    }
+}
+
+impl Collector for PoolCollector {
+    fn desc(&self) -> Vec<&Desc> {
+        self.descs.iter().collect()
+    }
+
+    fn collect(&self) -> Vec<MetricFamily> {
+        let gauges = self.gauges.lock().unwrap_or_else(PoisonError::into_inner);
+        for gauge in [&gauges.max, &gauges.allocated, &gauges.valid] {
+            gauge.reset();
+        }
+        {
+            let picture = self.picture.lock().unwrap_or_else(PoisonError::into_inner);
+            for pool in picture.book.figures() {
+                let number = |n: u64| i64::try_from(n).unwrap_or(i64::MAX);
+                if let Some(most) = pool.max_blocks {
+                    gauges.max.with_label_values(&[&pool.name]).set(number(most));
+                }
+                gauges.allocated.with_label_values(&[&pool.name]).set(number(pool.blocks));
+                gauges.valid.with_label_values(&[&pool.name]).set(i64::from(pool.valid));
+            }
+            gauges.missing.set(i64::try_from(picture.nodes.missing()).unwrap_or(i64::MAX));
+        }
+        gauges.all().into_iter().flat_map(Collector::collect).collect()
+    }
+}
 
 /// State of all Egresses.
 pub(crate) struct EgressCollector {

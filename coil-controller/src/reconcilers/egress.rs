@@ -27,7 +27,7 @@ use prometheus::Registry;
 use super::apply;
 use super::bindings::Bindings;
 use crate::error::{Class, ReconcileError, chain, delay};
-use crate::metrics::{EgressCollector, Ended, ReconcileMetrics};
+use crate::metrics::{EgressCollector, Ended, ReconcileMetrics, Writes};
 use crate::plan::egress::{Observed, Outcome, Settings, Written, plan, status};
 
 /// Objects that nothing wakes up are looked at again after this time.
@@ -46,6 +46,7 @@ pub(crate) struct Context {
     pub(crate) recorder: Recorder,
     pub(crate) bindings: Arc<Bindings>,
     pub(crate) metrics: ReconcileMetrics,
+    pub(crate) writes: Writes,
     pub(crate) memory: Mutex<Memory>,
 }
 
@@ -105,7 +106,7 @@ async fn reconcile(
     let egress = match &guarded.0 {
         Ok(egress) => egress,
         Err(invalid) => {
-            context.metrics.unreadable("Egress");
+            context.metrics.unreadable();
             let error = ReconcileError::Unreadable(invalid.error.clone());
             let name = invalid.metadata.name.as_deref().unwrap_or_default();
             let namespace = invalid.metadata.namespace.as_deref().unwrap_or_default();
@@ -200,7 +201,7 @@ async fn report(egress: &Egress, context: &Context, done: apply::Done) {
     if let Some((metadata, digest)) = &done.answer {
         context.memory().written.note(metadata, *digest);
     }
-    context.metrics.wrote(done.kind, done.operation);
+    context.writes.wrote(done.kind, done.operation);
     let namespace = egress.namespace().unwrap_or_default();
     tracing::info!(
         namespace,

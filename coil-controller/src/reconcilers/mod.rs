@@ -4,3 +4,4 @@ mod apply;
 pub(crate) mod bindings;
 pub(crate) mod clients;
 pub(crate) mod egress;
+pub(crate) mod ipam;

@@ -3,6 +3,8 @@
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "tests")]
 
+mod ipam;
+mod pools;
 mod support;
 
 use coil_api::Egress;

@@ -6,9 +6,11 @@ use std::path::Path;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
-use coil_api::Egress;
+use coil_api::{AddressBlock, AddressPool, BlockRequest, Egress};
+use coil_controller::IpamSettings;
 use coil_controller::plan::egress::Settings;
 use coil_lab::api::{ApiConfig, ApiServer};
+use coil_runtime::tasks::Drain;
 use k8s_openapi::api::core::v1::Namespace;
 use k8s_openapi::api::rbac::v1::ClusterRoleBinding;
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
@@ -25,6 +27,9 @@ const DEADLINE: Duration = Duration::from_secs(60);
 /// A cluster with the controller.
 pub struct Cluster {
     client: Client,
+    /// The controllers' way to the API server.
+    theirs: Client,
+    ipam: Option<(Drain, JoinHandle<()>)>,
     registry: Registry,
     tasks: Vec<tokio::task::JoinHandle<()>>,
     server: Option<std::sync::Arc<ApiServer>>,
@@ -33,7 +38,22 @@ pub struct Cluster {
 }
 
 impl Cluster {
+    /// With the controllers of Egresses.
     pub async fn start() -> Self {
+        let mut cluster = Self::without_controllers().await;
+        let settings = Settings { image: "coil:test".to_owned(), fou_port: 5555, drain_timeout: 300 };
+        let work = coil_controller::run_controllers(
+            cluster.theirs.clone(),
+            settings,
+            "test".to_owned(),
+            cluster.registry.clone(),
+            Drain::new(),
+        );
+        cluster.tasks.push(tokio::spawn(async move { work.await.unwrap() }));
+        cluster
+    }
+
+    pub async fn without_controllers() -> Self {
         let mut tasks = Vec::new();
         let (client, server, client_address) = match std::env::var_os("COIL_TEST_KUBECONFIG") {
             Some(path) => (
@@ -63,17 +83,41 @@ impl Cluster {
             }
             None => client.clone(),
         };
-        let registry = Registry::new();
-        let settings = Settings { image: "coil:test".to_owned(), fou_port: 5555, drain_timeout: 300 };
-        let work = coil_controller::run_controllers(
-            theirs,
+        Self { client, theirs, registry: Registry::new(), tasks, server, reachable, ipam: None }
+    }
+
+    /// Starts the controllers of address pools; those that ran before end first, and so do their metrics.
+    pub async fn start_ipam(&mut self, settings: IpamSettings) {
+        self.stop_ipam().await;
+        self.registry = Registry::new();
+        let drain = Drain::new();
+        let work = coil_controller::run_ipam(
+            self.theirs.clone(),
             settings,
             "test".to_owned(),
-            registry.clone(),
-            coil_runtime::tasks::Drain::new(),
+            self.registry.clone(),
+            drain.clone(),
         );
-        tasks.push(tokio::spawn(async move { work.await.unwrap() }));
-        Self { client, registry, tasks, server, reachable }
+        self.ipam = Some((drain, tokio::spawn(async move { work.await.unwrap() })));
+    }
+
+    /// Another leader, which there should never be.
+    pub fn start_second_ipam(&mut self, settings: IpamSettings) {
+        let (client, me) = (self.client(), "second".to_owned());
+        let work = coil_controller::run_ipam(client, settings, me, Registry::new(), Drain::new());
+        self.tasks.push(tokio::spawn(async move { work.await.unwrap() }));
+    }
+
+    pub async fn stop_ipam(&mut self) {
+        if let Some((drain, task)) = self.ipam.take() {
+            drain.cancel();
+            tokio::time::timeout(DEADLINE, task).await.unwrap().unwrap();
+        }
+    }
+
+    /// Whether the controllers of address pools still run.
+    pub fn ipam_runs(&self) -> bool {
+        self.ipam.as_ref().is_some_and(|(_, task)| !task.is_finished())
     }
 
     pub fn client(&self) -> Client {
@@ -119,11 +163,15 @@ impl Cluster {
         .await;
     }
 
-    /// Sum of all series of a metric.
+    /// Sum of all series of a metric; of those with a label of this value, as `metric/value`.
     pub fn metric(&self, name: &str) -> f64 {
         let families = self.registry.gather();
+        let (name, label) = name.split_once('/').unwrap_or((name, ""));
         let metrics = families.iter().filter(|f| f.name() == name).flat_map(|f| f.get_metric());
-        metrics.map(|m| m.get_counter().get_value() + m.get_gauge().get_value()).sum()
+        let wanted = |m: &&prometheus::proto::Metric| {
+            label.is_empty() || m.get_label().iter().any(|pair| pair.value() == label)
+        };
+        metrics.filter(wanted).map(|m| m.get_counter().get_value() + m.get_gauge().get_value()).sum()
     }
 }
 
@@ -132,7 +180,7 @@ impl Drop for Cluster {
         if let Some(server) = &self.server {
             server.stop();
         }
-        for task in &self.tasks {
+        for task in self.tasks.iter().chain(self.ipam.as_ref().map(|(_, task)| task)) {
             task.abort();
         }
     }
@@ -179,16 +227,25 @@ async fn install(client: &Client) {
     };
     let parameters = PatchParams::apply("test").force();
     let definitions: Api<CustomResourceDefinition> = Api::all(client.clone());
-    for definition in read("crd/coil.cybozu.com_egresses.yaml") {
-        let name = definition["metadata"]["name"].as_str().unwrap().to_owned();
-        definitions.patch(&name, &parameters, &Patch::Apply(&definition)).await.unwrap();
+    for plural in ["addressblocks", "addresspools", "blockrequests", "egresses"] {
+        for definition in read(&format!("crd/coil.cybozu.com_{plural}.yaml")) {
+            let name = definition["metadata"]["name"].as_str().unwrap().to_owned();
+            definitions.patch(&name, &parameters, &Patch::Apply(&definition)).await.unwrap();
+        }
     }
     let bindings: Api<ClusterRoleBinding> = Api::all(client.clone());
     for object in read("rbac/egress.yaml").iter().filter(|o| o["kind"] == "ClusterRoleBinding") {
         bindings.patch("coil-egress", &parameters, &Patch::Apply(object)).await.unwrap();
     }
+    let all = kube::api::ListParams::default;
     let egresses: Api<Egress> = Api::all(client.clone());
-    eventually("Egress API", || async { egresses.list(&kube::api::ListParams::default()).await.ok() }).await;
+    eventually("Egress API", || async { egresses.list(&all()).await.ok() }).await;
+    let pools: Api<AddressPool> = Api::all(client.clone());
+    eventually("AddressPool API", || async { pools.list(&all()).await.ok() }).await;
+    let blocks: Api<AddressBlock> = Api::all(client.clone());
+    eventually("AddressBlock API", || async { blocks.list(&all()).await.ok() }).await;
+    let requests: Api<BlockRequest> = Api::all(client.clone());
+    eventually("BlockRequest API", || async { requests.list(&all()).await.ok() }).await;
 }
 
 /// Passes connections on while `open` says so; otherwise cuts them.

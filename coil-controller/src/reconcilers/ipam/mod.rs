@@ -12,6 +12,7 @@ mod watches;
 
 use std::collections::HashMap;
 use std::error::Error;
+use std::fmt::Debug;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -146,7 +147,7 @@ pub(crate) async fn run(context: Arc<Context>, Watches(mut watches): Watches, dr
                     tracing::warn!(error = &error as &dyn Error, "a watch of address pools failed; it starts again");
                 }
             },
-            Some((work, result)) = running.next(), if !running.is_empty() => settle(&context, &work, result, &mut queue),
+            Some((work, result)) = running.next(), if !running.is_empty() => settle(&work, result, &mut queue),
             () = sleep_until(due), if may_start => {
                 if let Some(work) = queue.take(tokio::time::Instant::now()) {
                     running.push(carry_out(context.clone(), work));
@@ -177,7 +178,7 @@ async fn carry_out(context: Arc<Context>, work: Work) -> (Work, Result<Next, Rec
     (work, result)
 }
 
-fn settle(context: &Context, work: &Work, result: Result<Next, ReconcileError>, queue: &mut Queue<Work>) {
+fn settle(work: &Work, result: Result<Next, ReconcileError>, queue: &mut Queue<Work>) {
     let now = tokio::time::Instant::now();
     match result {
         Ok(next) => {
@@ -209,14 +210,16 @@ async fn set_finalizers<K>(
     finalizers: &[String],
 ) -> Result<ObjectMeta, ReconcileError>
 where
-    K: Resource<DynamicType = (), Scope = kube::core::ClusterResourceScope> + Clone + DeserializeOwned,
+    K: Resource<DynamicType = (), Scope = kube::core::ClusterResourceScope>
+        + Clone
+        + DeserializeOwned
+        + Debug,
 {
     let name = metadata.name.as_deref().unwrap_or_default();
     let patch = json!({ "metadata": {
         "uid": metadata.uid, "resourceVersion": metadata.resource_version, "finalizers": finalizers,
     } });
-    let parameters =
-        PatchParams { field_manager: Some(FIELD_MANAGER.to_owned()), ..PatchParams::default() };
+    let parameters = PatchParams { field_manager: Some(FIELD_MANAGER.to_owned()), ..PatchParams::default() };
     let api = Api::<K>::all(client.clone());
     let answer = api.patch_metadata(name, &parameters, &Patch::Merge(&patch)).await;
     answer.map(|object| object.metadata).map_err(ReconcileError::api("update finalizers of", kind, name))

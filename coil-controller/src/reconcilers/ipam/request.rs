@@ -150,8 +150,7 @@ async fn write_status(
 ) -> Result<(), ReconcileError> {
     let name = request.name_any();
     let api = Api::<BlockRequest>::all(context.client.clone());
-    let parameters =
-        PatchParams { field_manager: Some(FIELD_MANAGER.to_owned()), ..PatchParams::default() };
+    let parameters = PatchParams { field_manager: Some(FIELD_MANAGER.to_owned()), ..PatchParams::default() };
     // Names of requests come again; the answer is for this one.
     let patch = json!({
         "metadata": { "uid": request.metadata.uid, "resourceVersion": request.metadata.resource_version },

@@ -9,7 +9,7 @@ use futures::stream::{BoxStream, select_all};
 use futures::{StreamExt, TryStreamExt};
 use k8s_openapi::api::core::v1::Node;
 use kube::core::{DeserializeGuard, PartialObjectMeta};
-use kube::runtime::{metadata_watcher, watcher};
+use kube::runtime::watcher;
 use kube::{Api, Client, Resource, ResourceExt};
 use tokio::time::Instant;
 
@@ -34,8 +34,7 @@ impl Watches {
         let pools = patient(watcher(Api::all(client.clone()), config())).map_ok(Seen::Pool);
         let blocks = patient(watcher(Api::all(client.clone()), config())).map_ok(Seen::Block);
         let requests = patient(watcher(Api::all(client.clone()), config())).map_ok(Seen::Request);
-        let nodes = metadata_watcher(Api::<Node>::all(client.clone()), config());
-        let nodes = patient(nodes).map_ok(Seen::Node);
+        let nodes = patient(watcher(Api::all(client.clone()), config())).map_ok(Seen::Node);
         Self(select_all([pools.boxed(), blocks.boxed(), requests.boxed(), nodes.boxed()]).boxed())
     }
 }
