@@ -103,12 +103,6 @@ fn rules() -> Value {
              cidr(b.{family}).containsCIDR(a.{family}))))"
         )
     };
-    // Networks have no comma and no semicolon.
-    let text = |list: &str| {
-        format!(
-            "{list}.subnets.map(s, (has(s.ipv4) ? s.ipv4 : '') + ',' + (has(s.ipv6) ? s.ipv6 : '') + ';').join('')"
-        )
-    };
     json!([
         { "rule": narrow, "message": "too narrow subnet: every subnet must have room for a block" },
         {
@@ -124,10 +118,11 @@ fn rules() -> Value {
             "fieldPath": ".subnets",
         },
         {
-            "rule": format!(
-                "self.subnets.size() < oldSelf.subnets.size() || {}.startsWith({})",
-                text("self"), text("oldSelf"),
-            ),
+            // No subnet is there twice. So the old ones are there in the old order, and as the last of them
+            // has kept its place, none has another before it that is new.
+            "rule": "self.subnets.size() < oldSelf.subnets.size() || \
+                (self.subnets.filter(s, s in oldSelf.subnets) == oldSelf.subnets && \
+                self.subnets[oldSelf.subnets.size() - 1] == oldSelf.subnets[oldSelf.subnets.size() - 1])",
             "message": "unchangeable: subnets can only be appended",
             "reason": "FieldValueForbidden",
             "fieldPath": ".subnets",

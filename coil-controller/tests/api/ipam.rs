@@ -30,7 +30,7 @@ struct Kinds {
 
 impl Kinds {
     async fn cluster() -> (Cluster, Self) {
-        let cluster = Cluster::without_controllers().await;
+        let cluster = Cluster::alone().await;
         let client = cluster.client();
         let kinds = Self {
             pools: Api::all(client.clone()),

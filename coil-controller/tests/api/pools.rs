@@ -39,7 +39,7 @@ fn refused(answer: Result<DynamicObject, String>, text: &str) {
 /// The controller sets the finalizer here, where the original has a webhook.
 #[tokio::test(flavor = "multi_thread")]
 async fn a1_defaults_and_finalizer() {
-    let mut cluster = Cluster::without_controllers().await;
+    let mut cluster = Cluster::alone().await;
     cluster.start_ipam(crate::ipam::SETTINGS).await;
     let pools = Pools::new(&cluster);
     let made = pools.create("a1", json!({ "subnets": [{ "ipv4": "10.2.0.0/16" }] })).await.unwrap();
@@ -52,7 +52,7 @@ async fn a1_defaults_and_finalizer() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a2_a3_valid_pools() {
-    let cluster = Cluster::without_controllers().await;
+    let cluster = Cluster::alone().await;
     let pools = Pools::new(&cluster);
     let zero = json!({ "blockSizeBits": 0, "subnets": [{ "ipv4": "10.2.0.0/24" }] });
     assert_eq!(pools.create("a2", zero).await.unwrap().data["spec"]["blockSizeBits"], json!(0));
@@ -70,7 +70,7 @@ async fn a2_a3_valid_pools() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a4_a5_a6_a7_invalid_pools() {
-    let cluster = Cluster::without_controllers().await;
+    let cluster = Cluster::alone().await;
     let pools = Pools::new(&cluster);
     let v4 = |net: &str| json!([{ "ipv4": net }]);
     let many: Vec<Value> = (0..129).map(|i| json!({ "ipv4": format!("10.0.{i}.0/24") })).collect();
@@ -103,7 +103,7 @@ async fn a4_a5_a6_a7_invalid_pools() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a8_a9_a10_a11_a12_changes() {
-    let cluster = Cluster::without_controllers().await;
+    let cluster = Cluster::alone().await;
     let pools = Pools::new(&cluster);
     pools.create("a8", json!({ "blockSizeBits": 0, "subnets": [{ "ipv6": "fd02::/120" }] })).await.unwrap();
     let appended = json!({ "subnets": [{ "ipv6": "fd02::/120" }, { "ipv6": "fd03::/112" }] });

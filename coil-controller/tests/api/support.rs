@@ -1,9 +1,11 @@
 //! An API server with the controller running against it.
 
+use std::fmt::Debug;
 use std::future::Future;
 use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 
 use coil_api::{AddressBlock, AddressPool, BlockRequest, Egress};
@@ -11,15 +13,17 @@ use coil_controller::IpamSettings;
 use coil_controller::plan::egress::Settings;
 use coil_lab::api::{ApiConfig, ApiServer};
 use coil_runtime::tasks::Drain;
-use k8s_openapi::api::core::v1::Namespace;
+use k8s_openapi::api::core::v1::{Namespace, Node};
 use k8s_openapi::api::rbac::v1::ClusterRoleBinding;
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
-use kube::api::{ObjectMeta, Patch, PatchParams, PostParams};
-use kube::{Api, Client, Config};
+use kube::api::{DeleteParams, ListParams, ObjectMeta, Patch, PatchParams, PostParams};
+use kube::core::ClusterResourceScope;
+use kube::{Api, Client, Config, Resource, ResourceExt};
 use prometheus::Registry;
+use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::watch;
+use tokio::sync::{Mutex, OwnedMutexGuard, watch};
 use tokio::task::{JoinHandle, JoinSet};
 
 const DEADLINE: Duration = Duration::from_secs(60);
@@ -35,6 +39,7 @@ pub struct Cluster {
     server: Option<std::sync::Arc<ApiServer>>,
     /// Whether the controller reaches the API server.
     reachable: watch::Sender<bool>,
+    alone: Option<OwnedMutexGuard<()>>,
 }
 
 impl Cluster {
@@ -83,7 +88,24 @@ impl Cluster {
             }
             None => client.clone(),
         };
-        Self { client, theirs, registry: Registry::new(), tasks, server, reachable, ipam: None }
+        Self { client, theirs, registry: Registry::new(), tasks, server, reachable, ipam: None, alone: None }
+    }
+
+    /// Without controllers and without what is not in a namespace: pools, blocks, requests, nodes. On an API
+    /// server that all tests share, the others that need this wait, and what they left is removed.
+    pub async fn alone() -> Self {
+        static ALONE: LazyLock<Arc<Mutex<()>>> = LazyLock::new(Arc::default);
+        let shared = std::env::var_os("COIL_TEST_KUBECONFIG").is_some();
+        let guard = if shared { Some(ALONE.clone().lock_owned().await) } else { None };
+        let mut cluster = Self::without_controllers().await;
+        if shared {
+            wipe::<BlockRequest>(&cluster.client).await;
+            wipe::<AddressBlock>(&cluster.client).await;
+            wipe::<AddressPool>(&cluster.client).await;
+            wipe::<Node>(&cluster.client).await;
+        }
+        cluster.alone = guard;
+        cluster
     }
 
     /// Starts the controllers of address pools; those that ran before end first, and so do their metrics.
@@ -246,6 +268,33 @@ async fn install(client: &Client) {
     eventually("AddressBlock API", || async { blocks.list(&all()).await.ok() }).await;
     let requests: Api<BlockRequest> = Api::all(client.clone());
     eventually("BlockRequest API", || async { requests.list(&all()).await.ok() }).await;
+}
+
+/// Removes all objects of a kind, whatever keeps them.
+async fn wipe<K>(client: &Client)
+where
+    K: Resource<DynamicType = (), Scope = ClusterResourceScope> + Clone + DeserializeOwned + Debug,
+{
+    let api: Api<K> = Api::all(client.clone());
+    let release = Patch::Merge(json!({ "metadata": { "finalizers": null } }));
+    eventually("empty cluster", || async {
+        let left = api.list_metadata(&ListParams::default()).await.unwrap().items;
+        for object in &left {
+            // Some go by themselves.
+            for error in [
+                api.delete(&object.name_any(), &DeleteParams::default()).await.err(),
+                api.patch_metadata(&object.name_any(), &PatchParams::default(), &release).await.err(),
+            ] {
+                assert!(!matches!(error, Some(error) if !is_gone(&error)));
+            }
+        }
+        left.is_empty().then_some(())
+    })
+    .await;
+}
+
+fn is_gone(error: &kube::Error) -> bool {
+    matches!(error, kube::Error::Api(status) if status.code == 404)
 }
 
 /// Passes connections on while `open` says so; otherwise cuts them.
