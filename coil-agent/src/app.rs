@@ -1,5 +1,7 @@
 //! The order in which `coild` starts and the tasks that it consists of. Nothing else spawns tasks.
 
+mod network;
+
 use std::collections::BTreeSet;
 use std::future::Future;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
@@ -14,10 +16,12 @@ use coil_runtime::tasks::{Drain, Tasks};
 use coil_runtime::{admin, kube_client, metrics, telemetry};
 use k8s_openapi::api::core::v1::Node;
 use kube::{Api, Client};
+use tokio::sync::mpsc;
 
 use crate::args::{CoildArgs, DatapathArgs, OtherProtocols, UninstallArgs};
 use crate::cni::error::causes;
 use crate::cni::pod::Pods;
+use crate::cni::pod::ipam::{AddFailure, IpamPods};
 use crate::cni::proto::cni_server::SERVICE_NAME;
 use crate::cni::server;
 use crate::datapath::timeouts::Timeouts;
@@ -25,17 +29,24 @@ use crate::datapath::{Datapath, DatapathError, IcmpLimit, NodeDatapath, NodeOpti
 use crate::desired::DesiredState;
 use crate::desired::build::Picture;
 use crate::desired::prefer::Place;
+use crate::index::Change;
+use crate::ipam::{self, IpamService, KubeApi};
 use crate::local::{adopt_pods, watch_links};
 use crate::metrics::{GrpcMetrics, StateMetrics, WatchMetrics};
 use crate::netlink::RtNetlink;
 use crate::state::{Input, State};
+use crate::wiring::{Link, Wiring};
 use crate::writer::Writer;
 use crate::{events, watch};
+
+use self::network::Network;
 
 /// Name of the program.
 pub const NAME: &str = "coild";
 /// Time for tasks to finish what they have begun.
 const DRAIN: Duration = Duration::from_secs(20);
+/// Failures of ADD that wait to be told; more are not.
+const FAILURES: usize = 64;
 /// Time to ask the API server about our own node.
 const NODE_TIMEOUT: Duration = Duration::from_secs(3);
 
@@ -48,6 +59,7 @@ pub async fn run(args: CoildArgs) -> anyhow::Result<()> {
         socket,
         node_name: node,
         features,
+        network: network_args,
         datapath: datapath_args,
         log,
         legacy,
@@ -69,14 +81,22 @@ pub async fn run(args: CoildArgs) -> anyhow::Result<()> {
 
     let client = kube_client::client(NAME).await?;
     let netlink = Arc::new(RtNetlink::new()?);
+    let network =
+        if features.enable_ipam { Some(Network::open(&node, network_args, &registry).await?) } else { None };
     let (state, handle, snapshots) = State::with(Picture {
         place: Place { node: node.clone(), zone: None },
         originating_only: features.enable_originating_only,
+        no_egress: !features.enable_egress,
         ..Picture::default()
     });
     let mut datapath = open_datapath(&client, &node, datapath_args).await?;
     handle.send(Input::Remembered(datapath.destinations().context("cannot read the datapath")?)).await?;
     registry.register(datapath.collector()?)?;
+    if !features.enable_egress {
+        // Nobody watches them: there are none.
+        handle.send(Input::Egresses(Change::Reset { objects: Vec::new(), unreadable: Vec::new() })).await?;
+        handle.send(Input::Slices(Change::Reset { objects: Vec::new(), unreadable: Vec::new() })).await?;
+    }
     let (writer, applied) = Writer::new(datapath, snapshots.clone(), state_metrics);
     let listener = server::bind(&socket)?;
     tracing::info!(socket = %socket.display(), "listening for the CNI plugin");
@@ -91,8 +111,20 @@ pub async fn run(args: CoildArgs) -> anyhow::Result<()> {
         anyhow::Ok(())
     });
     tasks.spawn("writer", |drain| writer.run(drain, move || drop(programmed)));
+    let (serving, recovered) = match network {
+        Some(network) => {
+            let (serving, recovered) =
+                spawn_network(&mut tasks, network, &client, &node, &readiness, &watch_metrics);
+            (Some(serving), recovered)
+        }
+        None => (None, Vec::new()),
+    };
     tasks.spawn("interface monitor", |drain| {
-        until(drain, watch_links(Arc::clone(&netlink), handle.clone(), snapshots.clone()))
+        let (netlink, handle, snapshots) = (Arc::clone(&netlink), handle.clone(), snapshots.clone());
+        until(drain, async move {
+            network::remember(recovered, &handle).await?;
+            watch_links(netlink, handle, snapshots).await
+        })
     });
     tasks.spawn("pod adoption", |drain| {
         until(drain, adopt_pods(Arc::clone(&netlink), handle.clone(), snapshots.clone()))
@@ -101,12 +133,14 @@ pub async fn run(args: CoildArgs) -> anyhow::Result<()> {
         let (client, node) = (client.clone(), node.clone());
         until(drain, watch::pods(client, node, handle.clone(), watch_metrics.clone()))
     });
-    tasks.spawn("Egress watch", |drain| {
-        until(drain, watch::egresses(client.clone(), handle.clone(), watch_metrics.clone()))
-    });
-    tasks.spawn("EndpointSlice watch", |drain| {
-        until(drain, watch::slices(client.clone(), handle.clone(), watch_metrics.clone()))
-    });
+    if features.enable_egress {
+        tasks.spawn("Egress watch", |drain| {
+            until(drain, watch::egresses(client.clone(), handle.clone(), watch_metrics.clone()))
+        });
+        tasks.spawn("EndpointSlice watch", |drain| {
+            until(drain, watch::slices(client.clone(), handle.clone(), watch_metrics.clone()))
+        });
+    }
     tasks.spawn("namespace watch", |drain| {
         until(drain, watch::namespaces(client.clone(), handle.clone(), watch_metrics.clone()))
     });
@@ -123,13 +157,77 @@ pub async fn run(args: CoildArgs) -> anyhow::Result<()> {
             anyhow::Ok(())
         })
     });
-    tasks.spawn("CNI server", |drain| {
+    tasks.spawn("CNI server", |drain| async move {
         let pods = Pods::new(client, netlink, handle, snapshots, applied);
-        server::serve(listener, pods, grpc_metrics, drain)
+        match serving {
+            Some(Serving { wiring, ipam, compat_calico, failures }) => {
+                let pods = IpamPods::new(pods, wiring, ipam, compat_calico, failures);
+                server::serve(listener, pods, grpc_metrics, drain).await
+            }
+            None => server::serve(listener, pods, grpc_metrics, drain).await,
+        }
     });
     tasks.run(DRAIN).await?;
     tracing::info!("ended; the datapath goes on forwarding");
     Ok(())
+}
+
+/// What the CNI server needs in IPAM mode.
+struct Serving {
+    wiring: Wiring,
+    ipam: IpamService,
+    compat_calico: bool,
+    failures: mpsc::Sender<AddFailure>,
+}
+
+/// Starts the tasks of IPAM mode; gives what the others need of it.
+fn spawn_network(
+    tasks: &mut Tasks,
+    network: Network,
+    client: &Client,
+    node: &str,
+    readiness: &Readiness,
+    metrics: &WatchMetrics,
+) -> (Serving, Vec<Link>) {
+    let Network { wiring, ipam, routes, recovered, told, compat_calico } = network;
+    let (failures, failed) = mpsc::channel(FAILURES);
+    let serving = Serving { wiring: wiring.clone(), ipam: ipam.clone(), compat_calico, failures };
+    let known = readiness.blocker("address-blocks");
+    tasks.spawn("address blocks", |drain| {
+        let ipam = ipam.clone();
+        until(drain.clone(), async move {
+            ipam.ready().await;
+            drop(known);
+            drain.cancelled().await;
+            anyhow::Ok(())
+        })
+    });
+    tasks.spawn("IPAM", |drain| {
+        let api = KubeApi::new(client.clone(), node.to_owned());
+        let news = ipam::watch::news(client, node, metrics);
+        ipam.run(api, routes, news, drain)
+    });
+    tasks.spawn("node routing", |drain| {
+        let wiring = wiring.clone();
+        until(drain, async move { wiring.keep_host(told).await.map(|never| match never {}) })
+    });
+    tasks.spawn("node addresses", |drain| {
+        let tell = move |addresses| wiring.set_node(addresses);
+        let follow = watch::node_addresses(client.clone(), node.to_owned(), metrics.clone(), tell);
+        until(drain, async move {
+            follow.await;
+            anyhow::Ok(())
+        })
+    });
+    tasks.spawn("pod events", |drain| {
+        let publish = events::publish_failures(client.clone(), node.to_owned(), failed);
+        until(drain.clone(), async move {
+            publish.await;
+            drain.cancelled().await;
+            anyhow::Ok(())
+        })
+    });
+    (serving, recovered)
 }
 
 /// Runs a task until it ends or the drain begins.

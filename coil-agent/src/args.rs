@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use clap::{ArgAction, Args, Parser};
 use coil_common::names;
 use coil_runtime::admin::ListenAddr;
+use coil_runtime::duration::GoDuration;
 use coil_runtime::telemetry::LogArgs;
 
 use crate::datapath::timeouts::Timeouts;
@@ -30,6 +31,9 @@ pub struct CoildArgs {
     /// What the agent does on this node.
     #[command(flatten)]
     pub features: FeatureArgs,
+    /// Networking of pods.
+    #[command(flatten)]
+    pub network: NetworkArgs,
     /// The datapath.
     #[command(flatten)]
     pub datapath: DatapathArgs,
@@ -57,6 +61,51 @@ pub struct FeatureArgs {
     #[arg(long, env = "COIL_ENABLE_ORIGINATING_ONLY", default_value_t = false, action = ArgAction::Set,
           num_args = 0..=1, require_equals = true, default_missing_value = "true")]
     pub enable_originating_only: bool,
+}
+
+/// Networking of pods, when addresses are handed out here.
+#[derive(Args, Clone, Debug)]
+pub struct NetworkArgs {
+    /// Routing table of the node for routes to its pods.
+    #[arg(long, env = "COIL_POD_TABLE_ID", default_value_t = 116)]
+    pub pod_table_id: u32,
+    /// Priority of the rule that looks up the table of pods.
+    #[arg(long, env = "COIL_POD_RULE_PRIO", default_value_t = 2000)]
+    pub pod_rule_prio: u32,
+    /// Routing table of the node for its address blocks, from which a routing daemon takes them.
+    #[arg(long, env = "COIL_EXPORT_TABLE_ID", default_value_t = 119)]
+    pub export_table_id: u32,
+    /// Protocol number that our routes are marked with; routes of others are never touched.
+    #[arg(long, env = "COIL_PROTOCOL_ID", default_value_t = 30)]
+    pub protocol_id: u8,
+    /// Name interfaces as Calico expects them, for its network policies.
+    #[arg(long, env = "COIL_COMPAT_CALICO", default_value_t = false, action = ArgAction::Set,
+          num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    pub compat_calico: bool,
+    /// Adopt also pods whose routes Coil 2.0.1 and older have left in the main table.
+    #[arg(long, env = "COIL_REGISTER_FROM_MAIN", default_value_t = false, action = ArgAction::Set,
+          num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    pub register_from_main: bool,
+    /// Empty address blocks of this node are looked for, and given back, at this interval.
+    #[arg(long, env = "COIL_ADDRESSBLOCK_GC_INTERVAL", default_value = "5m")]
+    pub addressblock_gc_interval: GoDuration,
+    /// When the agent ends and its Node is deleted, remove the routes to its address blocks.
+    #[arg(long, env = "COIL_CLEAR_ROUTES_ON_SHUTDOWN", default_value_t = false, action = ArgAction::Set,
+          num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    pub clear_routes_on_shutdown: bool,
+}
+
+impl NetworkArgs {
+    /// Both tables must be ours alone: not none, nor those that the kernel itself uses.
+    fn check(&self) -> Result<(), ArgsError> {
+        let reserved = [0, 253, 254, 255];
+        let tables = [self.pod_table_id, self.export_table_id];
+        match tables.iter().find(|table| reserved.contains(*table)) {
+            Some(table) => Err(ArgsError::Table(*table)),
+            None if self.pod_table_id == self.export_table_id => Err(ArgsError::Table(self.pod_table_id)),
+            None => Ok(()),
+        }
+    }
 }
 
 /// The datapath.
@@ -141,15 +190,7 @@ macro_rules! legacy {
 }
 
 legacy! {
-    pod_table_id,
-    pod_rule_prio,
-    export_table_id,
-    protocol_id,
-    compat_calico,
-    register_from_main,
-    addressblock_gc_interval,
     backend,
-    clear_routes_on_shutdown,
 }
 
 /// Why a command line cannot be carried out.
@@ -161,22 +202,20 @@ pub enum ArgsError {
     /// Nothing to do.
     #[error("configuration error: both IPAM and egress are disabled")]
     Nothing,
-    /// Address management comes with a later release.
-    #[error(
-        "this release does not hand out addresses yet: use --enable-ipam=false, with another CNI \
-         plugin before coil"
-    )]
-    Ipam,
+    /// Routes to pods must not be mixed up with others.
+    #[error("--pod-table-id and --export-table-id must be two tables of their own, not {0}")]
+    Table(u32),
 }
 
 impl CoildArgs {
     /// Checks what the parser cannot.
     pub fn check(&self) -> Result<(), ArgsError> {
         let FeatureArgs { enable_ipam, enable_egress, enable_originating_only: _ } = self.features;
-        match (enable_ipam, enable_egress) {
-            (false, false) => return Err(ArgsError::Nothing),
-            (true, _) => return Err(ArgsError::Ipam),
-            (false, true) => {}
+        if !enable_ipam && !enable_egress {
+            return Err(ArgsError::Nothing);
+        }
+        if enable_ipam {
+            self.network.check()?;
         }
         if self.node_name.is_empty() {
             return Err(ArgsError::NodeName);
@@ -208,8 +247,9 @@ mod tests {
     }
 
     #[test]
-    fn only_egress_can_be_had() {
-        assert_eq!(parse(&[]).check(), Err(ArgsError::Ipam));
+    fn modes() {
+        assert_eq!(parse(&[]).check(), Ok(()));
+        assert_eq!(parse(&["--enable-egress=false"]).check(), Ok(()));
         assert_eq!(parse(&["--enable-ipam=false", "--enable-egress=false"]).check(), Err(ArgsError::Nothing));
         let egress_only = ["--enable-ipam=false", "--enable-egress"];
         assert_eq!(parse(&egress_only).check(), Ok(()));
@@ -218,6 +258,18 @@ mod tests {
         assert_eq!(nameless.check(), Err(ArgsError::NodeName));
         let originating = parse(&["--enable-ipam=false", "--enable-originating-only"]);
         assert_eq!((originating.check(), originating.features.enable_originating_only), (Ok(()), true));
+    }
+
+    #[test]
+    fn the_table_of_pods_is_nobody_elses() {
+        let defaults = parse(&[]).network;
+        assert_eq!((defaults.pod_table_id, defaults.pod_rule_prio, defaults.protocol_id), (116, 2000, 30));
+        assert_eq!(defaults.export_table_id, 119);
+        for bad in ["--pod-table-id=0", "--pod-table-id=254", "--export-table-id=255", "--pod-table-id=119"] {
+            assert!(matches!(parse(&[bad]).check(), Err(ArgsError::Table(_))), "{bad}");
+            assert_eq!(parse(&[bad, "--enable-ipam=false"]).check(), Ok(()), "{bad}");
+        }
+        assert_eq!(parse(&["--pod-table-id=1116"]).check(), Ok(()));
     }
 
     #[test]
@@ -232,7 +284,15 @@ mod tests {
             "--compat-calico",
         ]);
         assert_eq!(args.check(), Ok(()));
-        assert_eq!(args.legacy.given(), ["pod_table_id", "protocol_id", "compat_calico", "backend"]);
+        assert_eq!(args.legacy.given(), ["backend"]);
+        assert!(args.network.compat_calico);
+        let args = parse(&[
+            "--addressblock-gc-interval=1h30m",
+            "--clear-routes-on-shutdown",
+            "--register-from-main=true",
+        ]);
+        assert_eq!(args.network.addressblock_gc_interval.0.as_secs(), 5400);
+        assert!(args.network.clear_routes_on_shutdown && args.network.register_from_main);
         assert_eq!(args.datapath.egress_port, 5555);
         assert_eq!(args.datapath.tunnel, TunnelKind::Fou);
         assert_eq!(parse(&["--tunnel=ipip"]).datapath.tunnel, TunnelKind::Ipip);

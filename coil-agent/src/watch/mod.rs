@@ -16,6 +16,7 @@ use kube::{Api, Client, Resource, ResourceExt};
 use serde::de::DeserializeOwned;
 
 use crate::index::{Change, EgressView, NamespaceView, ObjectKey, PodView, SliceView};
+use crate::ipam::NodeAddresses;
 use crate::metrics::WatchMetrics;
 use crate::state::{Closed, Input, StateHandle};
 
@@ -116,6 +117,25 @@ pub async fn own_node(
     };
     let config = Config::default().fields(&format!("metadata.name={node}"));
     follow(Api::all(client), config, kind, state, metrics).await
+}
+
+/// Watches the addresses of a node, for ever. A node whose cloud gives it addresses late has none at first.
+pub async fn node_addresses(
+    client: Client,
+    node: String,
+    metrics: WatchMetrics,
+    tell: impl Fn(NodeAddresses) + Send,
+) {
+    let config = Config::default().fields(&format!("metadata.name={node}"));
+    let mut stream = patient(watcher::watcher(Api::<Node>::all(client), config));
+    while let Some(event) = stream.next().await {
+        match event {
+            Ok(Event::Apply(node) | Event::InitApply(node)) => tell(NodeAddresses::of(&node)),
+            // Without its object the node still has the addresses that it had.
+            Ok(Event::Init | Event::InitDone | Event::Delete(_)) => {}
+            Err(error) => failed("nodes", &error, &metrics),
+        }
+    }
 }
 
 /// Watches the labels of all namespaces.

@@ -22,13 +22,11 @@ use tokio::sync::{Semaphore, oneshot};
 
 use self::messages::{FoundRoute, Interface};
 use self::socket::Socket;
-use crate::ipam::{Assigned, Found, Owner};
+use crate::ipam::{Assigned, Found, NodeAddresses, Owner};
 
 pub use error::{DumpFailure, ErrorClass, WiringError};
 pub use host::Told;
-pub use plan::{
-    ALIAS_PREFIX, NodeAddresses, alias, alt_name, calico_name, host_name, parse_alias, parse_alt_name,
-};
+pub use plan::{ALIAS_PREFIX, alias, alt_name, calico_name, host_name, parse_alias, parse_alt_name};
 
 /// Pods that are wired at the same time: more would only wait for the kernel's lock, each with a thread.
 const PARALLEL: usize = 8;

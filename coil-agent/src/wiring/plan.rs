@@ -6,7 +6,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use ring::digest::{SHA1_FOR_LEGACY_USE_ONLY, digest};
 
 use super::WiringError;
-use crate::ipam::{Assigned, Owner};
+use crate::ipam::{Assigned, NodeAddresses, Owner};
 
 /// What every alias of Coil begins with.
 pub const ALIAS_PREFIX: &str = "COIL:";
@@ -86,15 +86,6 @@ pub fn link_local(mac: [u8; 6]) -> Ipv6Addr {
     let [a, b, c, d, e, f] = mac;
     let [a, b, c, d, e, f] = [a ^ 2, b, c, d, e, f].map(u16::from);
     Ipv6Addr::new(0xfe80, 0, 0, 0, a << 8 | b, c << 8 | 0xff, 0xfe00 | d, e << 8 | f)
-}
-
-/// Addresses of this node that pods see at the other end of their interface.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct NodeAddresses {
-    /// IPv4.
-    pub ipv4: Option<Ipv4Addr>,
-    /// IPv6.
-    pub ipv6: Option<Ipv6Addr>,
 }
 
 /// An address of an interface.

@@ -16,9 +16,10 @@ use nix::sched::{CloneFlags, setns};
 
 use super::error::WiringError;
 use super::messages::{self, FoundRoute, Interface};
-use super::plan::{self, NAMES, NodeAddresses, Plan};
+use super::plan::{self, NAMES, Plan};
 use super::socket::{Answer, Request, Socket};
 use super::{Config, Request as Wish, Wired};
+use crate::ipam::NodeAddresses;
 
 /// The main table of a pod.
 const MAIN_TABLE: u32 = 254;

@@ -8,11 +8,10 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use coil_agent::cni::result::add_result;
-use coil_agent::ipam::{Assigned, Found, Owner};
+use coil_agent::ipam::{Assigned, Found, NodeAddresses, Owner};
 use coil_agent::netlink::{Netlink, RtNetlink};
 use coil_agent::wiring::{
-    Config, ErrorClass, NodeAddresses, Request, Told, Wire, Wired, Wiring, WiringError, calico_name,
-    host_name,
+    Config, ErrorClass, Request, Told, Wire, Wired, Wiring, WiringError, calico_name, host_name,
 };
 
 use crate::support::net::NetNs;

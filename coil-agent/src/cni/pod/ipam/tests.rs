@@ -318,7 +318,8 @@ async fn a83_failures_of_allocation_have_the_code_that_fits() {
     let ipam = Ipam::new().await;
     let pool = || "default".to_owned();
     for (error, code) in [
-        (IpamError::Exhausted { pool: pool(), reason: "full".into() }, ErrorCode::TryAgainLater),
+        (IpamError::Exhausted { pool: pool() }, ErrorCode::TryAgainLater),
+        (IpamError::Refused { pool: pool(), reason: "why".into() }, ErrorCode::InvalidNetworkConfig),
         (IpamError::Timeout { pool: pool(), source: None }, ErrorCode::TryAgainLater),
         (IpamError::NotReady { source: None }, ErrorCode::TryAgainLater),
         (IpamError::UnknownPool { pool: pool() }, ErrorCode::InvalidNetworkConfig),
