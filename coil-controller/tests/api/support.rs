@@ -14,7 +14,7 @@ use coil_controller::plan::egress::Settings;
 use coil_lab::api::{ApiConfig, ApiServer};
 use coil_runtime::tasks::Drain;
 use k8s_openapi::api::core::v1::{Namespace, Node};
-use k8s_openapi::api::rbac::v1::ClusterRoleBinding;
+use k8s_openapi::api::rbac::v1::{ClusterRole, ClusterRoleBinding};
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
 use kube::api::{DeleteParams, ListParams, ObjectMeta, Patch, PatchParams, PostParams};
 use kube::core::ClusterResourceScope;
@@ -60,12 +60,16 @@ impl Cluster {
 
     pub async fn without_controllers() -> Self {
         let mut tasks = Vec::new();
-        let (client, server, client_address) = match std::env::var_os("COIL_TEST_KUBECONFIG") {
-            Some(path) => (
-                Client::try_from(kubeconfig(Path::new(&path)).await).unwrap(),
-                None,
-                "127.0.0.1:0".parse().unwrap(),
-            ),
+        let reachable = watch::Sender::new(true);
+        let (client, theirs, server) = match std::env::var_os("COIL_TEST_KUBECONFIG") {
+            Some(path) => {
+                let mut config = kubeconfig(Path::new(&path)).await;
+                let client = Client::try_from(config.clone()).unwrap();
+                // They may do what the roles of the manifests let them.
+                let account = "system:serviceaccount:kube-system:coil-controller";
+                config.auth_info.impersonate = Some(account.to_owned());
+                (client, Client::try_from(config).unwrap(), None)
+            }
             None => {
                 let server = ApiServer::new(ApiConfig::default());
                 let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -75,19 +79,12 @@ impl Cluster {
                 let mut controllers = coil_lab::controllers::start(&server);
                 tasks.push(tokio::spawn(async move { while controllers.join_next().await.is_some() {} }));
                 let config = Config::new(format!("http://{address}").parse().unwrap());
-                (Client::try_from(config).unwrap(), Some(server), address)
+                let (theirs, proxy) = proxy(address, reachable.subscribe()).await;
+                tasks.push(proxy);
+                (Client::try_from(config).unwrap(), Client::try_from(theirs).unwrap(), Some(server))
             }
         };
         install(&client).await;
-        let reachable = watch::Sender::new(true);
-        let theirs = match &server {
-            Some(_) => {
-                let (config, proxy) = proxy(client_address, reachable.subscribe()).await;
-                tasks.push(proxy);
-                Client::try_from(config).unwrap()
-            }
-            None => client.clone(),
-        };
         Self { client, theirs, registry: Registry::new(), tasks, server, reachable, ipam: None, alone: None }
     }
 
@@ -241,7 +238,7 @@ where
     tokio::time::timeout(DEADLINE, asking).await.unwrap_or_else(|_| panic!("no {what} within {DEADLINE:?}"))
 }
 
-/// The definition and the binding, from the manifests.
+/// The definitions, roles and bindings, from the manifests.
 async fn install(client: &Client) {
     let manifests = Path::new(env!("CARGO_MANIFEST_DIR")).join("../manifests");
     let read = |file: &str| -> Vec<Value> {
@@ -256,8 +253,16 @@ async fn install(client: &Client) {
         }
     }
     let bindings: Api<ClusterRoleBinding> = Api::all(client.clone());
-    for object in read("rbac/egress.yaml").iter().filter(|o| o["kind"] == "ClusterRoleBinding") {
-        bindings.patch("coil-egress", &parameters, &Patch::Apply(object)).await.unwrap();
+    let roles: Api<ClusterRole> = Api::all(client.clone());
+    for object in read("rbac/egress.yaml").iter().chain(&read("rbac/controller.yaml")) {
+        let name = object["metadata"]["name"].as_str().unwrap();
+        match object["kind"].as_str().unwrap() {
+            "ClusterRoleBinding" => {
+                drop(bindings.patch(name, &parameters, &Patch::Apply(object)).await.unwrap())
+            }
+            "ClusterRole" => drop(roles.patch(name, &parameters, &Patch::Apply(object)).await.unwrap()),
+            other => assert_eq!(other, "ServiceAccount"),
+        }
     }
     let all = kube::api::ListParams::default;
     let egresses: Api<Egress> = Api::all(client.clone());

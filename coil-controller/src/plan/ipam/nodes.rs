@@ -39,6 +39,11 @@ impl Nodes {
         Some(*self.missing.entry(node.to_owned()).or_insert(now))
     }
 
+    /// Only these nodes have blocks.
+    pub fn retain(&mut self, has_blocks: impl Fn(&str) -> bool) {
+        self.missing.retain(|node, _| has_blocks(node));
+    }
+
     /// A node has no blocks any more.
     pub fn has_none(&mut self, node: &str) {
         self.missing.remove(node);
@@ -98,6 +103,8 @@ mod tests {
         nodes.replace(["b"].map(str::to_owned).into());
         assert_eq!(nodes.left("b", start, GRACE), None);
         assert_eq!(nodes.left("a", start, GRACE), Some(GRACE));
+        nodes.retain(|node| node != "a");
+        assert_eq!(nodes.left("a", start, GRACE), None);
         nodes.replace(HashSet::new());
         assert_eq!(nodes.has_blocks("b", start + GRACE), Some(start + GRACE));
     }

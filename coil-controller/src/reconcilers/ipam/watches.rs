@@ -273,6 +273,8 @@ fn look_at_pools(names: impl IntoIterator<Item = String>, queue: &mut Queue<Work
 }
 
 fn look_at_nodes(context: &Context, picture: &mut Picture, queue: &mut Queue<Work>) {
+    let Picture { book, nodes, .. } = picture;
+    nodes.retain(|name| book.has_blocks(name));
     let names: Vec<String> = picture.book.nodes().map(str::to_owned).collect();
     for name in names {
         look_at_node(context, picture, &name, queue);
