@@ -5,7 +5,7 @@ use coil_common::{
     values::{FRAGMENT_OPEN, FlowValue, STATE_REPLY},
 };
 
-use super::world::{MTU, NOW, Nat, PORTS, PORTS_BACK, World, sent};
+use super::world::{ACK, CONFIRMED, MTU, NOW, Nat, PORTS, PORTS_BACK, World, sent};
 use crate::testing::{
     build::Ip,
     entries::{Entry, Value},
@@ -17,7 +17,7 @@ const PORT: u16 = 50000;
 const UDP: u8 = 17;
 
 pub(super) fn rows(w: &World) -> Vec<Scenario> {
-    let mut rows = [from_pod(w), to_pod(w), out(w), back(w)].concat();
+    let mut rows = [from_pod(w), to_pod(w), out(w), back(w), others(w, true), others(w, false)].concat();
     if !w.is_v4() {
         rows.extend(behind(w));
     }
@@ -51,13 +51,21 @@ fn behind(w: &World) -> Vec<Scenario> {
 
 /// A datagram in three fragments: the first has header and checksum of the whole.
 fn pieces(ip: &Ip, ports: (u16, u16)) -> [Vec<u8>; 3] {
-    let data: Vec<u8> = (0..200).collect();
+    cut(ip, UDP, &ip.udp(ports, &data()))
+}
+
+fn data() -> Vec<u8> {
+    (0..200).collect()
+}
+
+/// The packet `whole` of `ip` in three fragments.
+fn cut(ip: &Ip, protocol: u8, whole: &[u8]) -> [Vec<u8>; 3] {
     let header = if ip.src.is_ipv4() { 20 } else { 40 };
-    let whole = ip.udp(ports, &data)[header..].to_vec();
+    let whole = &whole[header..];
     [
-        ip.clone().fragment(0, true).packet(UDP, &whole[..80]),
-        ip.clone().fragment(10, true).packet(UDP, &whole[80..160]),
-        ip.clone().fragment(20, false).packet(UDP, &whole[160..]),
+        ip.clone().fragment(0, true).packet(protocol, &whole[..80]),
+        ip.clone().fragment(10, true).packet(protocol, &whole[80..160]),
+        ip.clone().fragment(20, false).packet(protocol, &whole[160..]),
     ]
 }
 
@@ -285,4 +293,73 @@ fn back(w: &World) -> Vec<Scenario> {
             .leaves(vec![own_noted(0)])
             .passes(),
     ]
+}
+
+/// Echoes, or segments of TCP, which are cut like datagrams: out of the pod, out of the gateway, and back.
+fn others(w: &World, echo: bool) -> Vec<Scenario> {
+    let (what, protocol, own, state) =
+        if echo { ("an echo", w.icmp(), (77, 0), 0) } else { ("a segment", 6, PORTS, CONFIRMED) };
+    let asks = |ip: &Ip, port: u16| {
+        let whole =
+            if echo { ip.echo(true, port, &data()) } else { ip.tcp((port, PORTS.1), ACK, &[], &data()) };
+        cut(ip, protocol, &whole)
+    };
+    let answers = |ip: &Ip, port: u16| {
+        let whole =
+            if echo { ip.echo(false, port, &data()) } else { ip.tcp((PORTS.1, port), ACK, &[], &data()) };
+        cut(ip, protocol, &whole)
+    };
+    let (v4, v6) = (
+        (GatewayStat::MasqueradedV4, GatewayStat::ReplyV4),
+        (GatewayStat::MasqueradedV6, GatewayStat::ReplyV6),
+    );
+    let (masqueraded, reply) = if w.is_v4() { v4 } else { v6 };
+    let halves = |forward, reverse| {
+        vec![w.forward(own, protocol, PORT, forward), w.reverse(own, protocol, PORT, reverse)]
+    };
+    let known = || halves(Nat::default(), Nat::default());
+    let flow = |value| w.flow_entry((w.pod, w.remote, own, protocol), value);
+    let asked = asks(&w.out(), own.0);
+    let translated = asks(&w.masqueraded(), PORT);
+    let answered = answers(&w.reply(), PORT);
+    let received = answers(&w.back().ttl(63), own.0);
+    let from_client = |flags| w.datagram(w.pod, w.remote, own, protocol, flags);
+    let from_world = |flags| w.datagram(w.remote, w.gateway, (own.1, PORT), protocol, flags);
+    let mut rows = Vec::new();
+    for (index, place) in ["first", "middle", "last"].into_iter().enumerate() {
+        let (before, after) = (index > 0, if index < 2 { FRAGMENT_OPEN } else { 0 });
+        let shows = |state| if before { 0 } else { state };
+        let noted = |entry: &dyn Fn(u8) -> Entry| if before { vec![entry(FRAGMENT_OPEN)] } else { vec![] };
+        let row = |hook, name: &str, packet: &[u8]| {
+            w.scenario(hook, &format!("{place} fragment of {what}{name}"), packet)
+        };
+        let (packet, answer) = (&asked[index], &answered[index]);
+        rows.extend([
+            row(Hook::FromPod, "", packet)
+                .and(vec![flow(w.flow_value())])
+                .and(noted(&from_client))
+                .becomes(&w.to_gateway(packet))
+                .leaves(vec![flow(sent(w.flow_value(), packet, shows(CONFIRMED))), from_client(after)])
+                .counts_egress(w.egress(), Direction::Tx, packet),
+            row(Hook::Gateway, "", &w.to_gateway(packet))
+                .and(known())
+                .and(noted(&from_client))
+                .returns(&translated[index])
+                .leaves(
+                    [halves(Nat::one(shows(state), packet), Nat::default()), vec![from_client(after)]]
+                        .concat(),
+                )
+                .counts(masqueraded, 1, packet.len()),
+            row(Hook::Gateway, " in answer", answer)
+                .and(known())
+                .and(noted(&from_world))
+                .returns(&w.to_client(&received[index]))
+                .leaves(
+                    [halves(Nat::default(), Nat::one(shows(STATE_REPLY), answer)), vec![from_world(after)]]
+                        .concat(),
+                )
+                .counts(reply, 1, answer.len()),
+        ]);
+    }
+    rows
 }

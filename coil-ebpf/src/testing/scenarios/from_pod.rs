@@ -489,14 +489,39 @@ fn segmented(w: &World) -> Vec<Scenario> {
     jumbo[at..at + 2].copy_from_slice(&[0, 0]);
     let mut direct = row(w, "BIG TCP that is direct", &jumbo).passes().library_only(REASON);
     direct.packet.gso_size = 1000;
+    let mut beyond = w.out().tcp(PORTS, ACK, &[], &vec![7; 70_000]);
+    beyond[at..at + 2].copy_from_slice(&[0, 0]);
+    let mut beyond = row(w, "BIG TCP", &beyond).drops(DropReason::TooBig).library_only(REASON);
+    beyond.packet.gso_size = 1000;
+    beyond.expect.action = crate::testing::Action::Back;
     let mut exceeds = row(w, "segments are too big", &packet).drops(DropReason::TooBig).library_only(REASON);
     exceeds.packet.gso_size = u32::try_from(size + 1).unwrap_or(0);
     exceeds.packet.gso_segments = 4;
     exceeds.expect.action = crate::testing::Action::Back;
+    // The outer headers have room for a length of 64 KiB less one byte, and no more.
+    let largest = w.out().tcp(PORTS, ACK, &[], &vec![7; 0xffff - usize::from(w.overhead()) - repeated]);
+    let segments = (largest.len() - repeated).div_ceil(size);
+    let mut fits = new_flow(w, "as large as a length can say", &largest, tcp, CONFIRMED).library_only(REASON);
+    fits.packet.gso_size = u32::try_from(size).unwrap_or(0);
+    let (packets, bytes) = (segments as u64, (largest.len() + (segments - 1) * repeated) as u64);
+    for counter in fits.expect.counters.values_mut() {
+        (counter.packets, counter.bytes) = (packets, bytes);
+    }
+    let value = FlowValue { tx_packets: packets, tx_bytes: bytes, state: CONFIRMED, ..w.flow_value() };
+    let fits = fits.leaves(vec![w.flow_entry(tcp, value)]);
+    let more = w.out().tcp(PORTS, ACK, &[], &vec![7; largest.len() - repeated + 1]);
+    let mut more = row(w, "larger than a length can say once it is tunnelled", &more)
+        .drops(DropReason::TooBig)
+        .library_only(REASON);
+    more.packet.gso_size = u32::try_from(size).unwrap_or(0);
+    more.expect.action = crate::testing::Action::Back;
     vec![
         gso("segments count", size, 4),
         gso("segments count although nobody has counted them", size, 0),
         exceeds,
         direct,
+        beyond,
+        fits,
+        more,
     ]
 }

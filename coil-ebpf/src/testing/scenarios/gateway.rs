@@ -543,5 +543,33 @@ fn sizes(w: &World) -> Vec<Scenario> {
             .counts(reply(w), 1, fits.len()),
         too_big,
         row(w, "too big, but nobody's reply", &exceeds).drops(DropReason::UnknownReply),
+        long_reply(w, 0),
+        long_reply(w, 1),
     ]
+}
+
+/// A reply in one piece that is as long as the outer headers can say, or longer.
+fn long_reply(w: &World, beyond: usize) -> Scenario {
+    let repeated = w.header() + 20;
+    let data = vec![7; 0xffff - usize::from(w.overhead()) - repeated + beyond];
+    let size = usize::from(w.mss());
+    let packet = w.reply().tcp((443, 50000), ACK, &[], &data);
+    let halves =
+        |reverse| vec![w.forward(PORTS, 6, 50000, Nat::default()), w.reverse(PORTS, 6, 50000, reverse)];
+    let name = ["reply as long as a length can say", "reply that is longer than a length can say"][beyond];
+    let mut row = row(w, name, &packet)
+        .and(halves(Nat::default()))
+        .library_only("test runs make GSO packets that no helper accepts");
+    row.packet.gso_size = u32::try_from(size).unwrap_or(0);
+    if beyond > 0 {
+        let mut row = row.leaves(halves(Nat::default())).drops(DropReason::TooBig);
+        row.expect.action = Action::Back;
+        return row;
+    }
+    let segments = data.len().div_ceil(size);
+    let bytes = packet.len() + (segments - 1) * repeated;
+    let after = Nat { state: STATE_REPLY, packets: segments as u64, bytes: bytes as u64 };
+    row.returns(&w.to_client(&w.back().ttl(63).tcp((443, 40000), ACK, &[], &data)))
+        .leaves(halves(after))
+        .counts(reply(w), segments as u64, bytes)
 }
