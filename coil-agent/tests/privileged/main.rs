@@ -6,6 +6,7 @@ mod errors;
 mod fuzz;
 mod hostile;
 mod inspect;
+mod ipam;
 mod near;
 mod netlink;
 mod pins;
