@@ -420,7 +420,14 @@ impl Core {
                         let known = knows(&self.ledger, &view);
                         demand.requested(view, created, known, now, &self.pace);
                     }
-                    Err(cause) => demand.failed(Stage::Idle, cause, now, &self.pace),
+                    Err(cause) => {
+                        demand.failed(Stage::Idle, cause, now, &self.pace);
+                        // It may have been made all the same.
+                        if let Some(view) = demand.take_early() {
+                            let known = knows(&self.ledger, &view);
+                            demand.requested(view, false, known, now, &self.pace);
+                        }
+                    }
                 }
             }
             Done::Polled(pool, result) => self.polled(pool, result, now),
@@ -485,6 +492,10 @@ impl Core {
                 }
             }
             Err(cause) => demand.failed(Stage::Idle, cause, now, &self.pace),
+        }
+        if let Some(view) = demand.take_early() {
+            let known = knows(&self.ledger, &view);
+            demand.requested(view, false, known, now, &self.pace);
         }
     }
 

@@ -199,6 +199,11 @@ impl Demand {
         }
     }
 
+    /// What the watch told meanwhile, when it is not known whether a request was made.
+    pub(super) fn take_early(&mut self) -> Option<RequestView> {
+        self.early.take()
+    }
+
     /// The watch tells that a request is gone.
     pub(super) fn vanished(&mut self, gone: &str) {
         let (Stage::Open { uid, .. } | Stage::Done { uid, .. }) = &self.stage else {
