@@ -86,7 +86,7 @@ fn install(args: &InstallerArgs) -> anyhow::Result<()> {
         None if *chain => chained(cni_etc_dir, cni_conf_name, socket)?,
         None => bail!("there is no configuration: set CNI_NETCONF, CNI_NETCONF_FILE or CNI_CHAIN"),
     };
-    serde_json::from_str::<Value>(&config).context("the configuration is not JSON")?;
+    check(&config).context("the configuration cannot be used")?;
     for folder in [cni_bin_dir, cni_etc_dir] {
         fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))?;
     }
@@ -103,6 +103,26 @@ fn install(args: &InstallerArgs) -> anyhow::Result<()> {
     println!("installed {}", path.display());
     if *remove_others {
         remove_conflists(cni_etc_dir, cni_conf_name)?;
+    }
+    Ok(())
+}
+
+/// Whether a runtime could use a configuration at all. One that it cannot would leave the node without a
+/// network, which is found out only when the next pod starts.
+fn check(config: &str) -> anyhow::Result<()> {
+    let config: Value = serde_json::from_str(config).context("it is not JSON")?;
+    let is_text = |value: &Value, key: &str| {
+        value.get(key).and_then(Value::as_str).is_some_and(|text| !text.is_empty())
+    };
+    ensure!(is_text(&config, "name"), "it has no name");
+    match config.get("plugins") {
+        Some(plugins) => {
+            let plugins = plugins.as_array().context("its plugins are not a list")?;
+            ensure!(!plugins.is_empty(), "it has no plugins");
+            ensure!(plugins.iter().all(|plugin| is_text(plugin, "type")), "a plugin has no type");
+        }
+        // A configuration of one plugin.
+        None => ensure!(is_text(&config, "type"), "it has neither plugins nor a type"),
     }
     Ok(())
 }
@@ -160,7 +180,12 @@ fn replace(path: &Path, mode: u32, write: impl FnOnce(&mut File) -> io::Result<(
         write(&mut file)?;
         file.set_permissions(Permissions::from_mode(mode))?;
         file.sync_all()?;
-        fs::rename(&temporary, path)
+        fs::rename(&temporary, path)?;
+        // The name, too, must survive a node that loses its power now.
+        match path.parent() {
+            Some(folder) => File::open(folder)?.sync_all(),
+            None => Ok(()),
+        }
     })();
     if result.is_err()
         && let Err(error) = fs::remove_file(&temporary)
@@ -191,6 +216,8 @@ mod tests {
     #![allow(clippy::unwrap_used, reason = "tests")]
 
     use super::*;
+
+    const LIST: &str = r#"--cni-netconf={"name": "x", "plugins": [{"type": "coil"}]}"#;
 
     struct Folder(PathBuf);
 
@@ -237,7 +264,7 @@ mod tests {
     #[test]
     fn installs_and_leaves_others_alone() {
         let folder = Folder::new("leave");
-        install(&folder.args(&[r#"--cni-netconf={"name":"x"}"#])).unwrap();
+        install(&folder.args(&[LIST])).unwrap();
         assert_eq!(folder.names("etc"), ["05-other.conflist", "06-other.conf", "10-coil.conflist"]);
         assert_eq!(folder.names("bin"), ["coil"]);
         let mode = fs::metadata(folder.0.join("bin/coil")).unwrap().permissions().mode();
@@ -247,7 +274,7 @@ mod tests {
     #[test]
     fn removes_others_on_request() {
         let folder = Folder::new("remove");
-        install(&folder.args(&[r#"--cni-netconf={"name":"x"}"#, "--remove-others"])).unwrap();
+        install(&folder.args(&[LIST, "--remove-others"])).unwrap();
         assert_eq!(folder.names("etc"), ["06-other.conf", "10-coil.conflist"]);
     }
 
@@ -276,9 +303,58 @@ mod tests {
     #[test]
     fn a_bad_configuration_changes_nothing() {
         let folder = Folder::new("bad");
-        for netconf in ["--cni-netconf=", "--cni-netconf={", "--cni-netconf-file=/nonexistent"] {
+        for netconf in [
+            "--cni-netconf=",
+            "--cni-netconf={",
+            "--cni-netconf=[]",
+            r#"--cni-netconf={"plugins": [{"type": "coil"}]}"#,
+            r#"--cni-netconf={"name": "x"}"#,
+            r#"--cni-netconf={"name": "x", "plugins": []}"#,
+            r#"--cni-netconf={"name": "x", "plugins": [{"socket": "/s"}]}"#,
+            "--cni-netconf-file=/nonexistent",
+        ] {
             assert!(install(&folder.args(&[netconf])).is_err(), "{netconf}");
         }
         assert_eq!(folder.names("etc"), ["05-other.conflist", "06-other.conf"]);
+    }
+
+    #[test]
+    fn what_cannot_be_written_leaves_what_was_there() {
+        let folder = Folder::new("keep");
+        install(&folder.args(&[LIST])).unwrap();
+        // The plugin cannot be read: neither it nor the configuration changes, and nothing is left over.
+        fs::remove_file(folder.0.join("plugin")).unwrap();
+        let other = r#"--cni-netconf={"name": "y", "type": "coil"}"#;
+        assert!(install(&folder.args(&[other])).is_err());
+        assert_eq!(fs::read_to_string(folder.0.join("bin/coil")).unwrap(), "binary");
+        assert!(fs::read_to_string(folder.0.join("etc/10-coil.conflist")).unwrap().contains(r#""x""#));
+        assert_eq!(folder.names("bin"), ["coil"]);
+        // A plugin that is running is replaced, not written over.
+        fs::write(folder.0.join("plugin"), "newer").unwrap();
+        let running = File::open(folder.0.join("bin/coil")).unwrap();
+        install(&folder.args(&[other])).unwrap();
+        assert_eq!(io::read_to_string(running).unwrap(), "binary");
+        assert_eq!(fs::read_to_string(folder.0.join("bin/coil")).unwrap(), "newer");
+    }
+
+    /// Flags stand for them in the other tests: the environment is the whole process's.
+    #[test]
+    fn variables_of_the_original_are_known() {
+        let known: Vec<_> = <InstallerArgs as clap::CommandFactory>::command()
+            .get_arguments()
+            .filter_map(|arg| arg.get_env().map(|env| env.to_string_lossy().into_owned()))
+            .collect();
+        for name in [
+            "CNI_CONF_NAME",
+            "CNI_ETC_DIR",
+            "CNI_BIN_DIR",
+            "COIL_PATH",
+            "CNI_NETCONF",
+            "CNI_NETCONF_FILE",
+            "COIL_BOOT_TAINT",
+            "CNI_REMOVE_OTHERS",
+        ] {
+            assert!(known.iter().any(|env| env == name), "{name}");
+        }
     }
 }
