@@ -49,6 +49,8 @@ pub(super) struct NetConf {
     pub(super) version: Version,
     pub(super) socket: String,
     pub(super) previous: Option<Value>,
+    /// Namespace of pods of a runtime that names none.
+    pub(super) pod_namespace: Option<String>,
 }
 
 impl NetConf {
@@ -90,7 +92,8 @@ impl NetConf {
             Some(previous) if previous.is_object() => Some(previous.clone()),
             Some(_) => return Err(invalid("prevResult is not an object".into())),
         };
-        Ok(Self { version, socket: socket.unwrap_or(DEFAULT_SOCKET).to_owned(), previous })
+        let pod_namespace = text("podNamespace")?.filter(|name| !name.is_empty()).map(str::to_owned);
+        Ok(Self { version, socket: socket.unwrap_or(DEFAULT_SOCKET).to_owned(), previous, pod_namespace })
     }
 }
 

@@ -22,6 +22,9 @@ use super::proto::{CniArgs, ErrorCode, GcArgs, StatusArgs};
 /// No configuration is longer; what `coild` takes in one message is.
 const MAX_INPUT: u64 = 2 << 20;
 
+/// The key of `CNI_ARGS` for a pod's namespace.
+const NAMESPACE: &str = "K8S_POD_NAMESPACE";
+
 /// A failure as the CNI specification wants it told.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PluginError {
@@ -277,6 +280,12 @@ fn arguments(
     }
     let mut args = pod_arguments(environment.get("CNI_ARGS"))?;
     let chained = config.previous.is_some();
+    // Podman, for one, names containers but knows no namespaces.
+    if let Some(namespace) = &config.pod_namespace
+        && args.get(NAMESPACE).is_none_or(String::is_empty)
+    {
+        args.insert(NAMESPACE.into(), namespace.clone());
+    }
     args.insert("IS_CHAINED".into(), chained.to_string());
     let (ips, interfaces) = match &config.previous {
         // Nor for want of a result that makes sense.
@@ -308,7 +317,7 @@ fn is_own_netns(path: &str) -> bool {
 /// The keys of `CNI_ARGS` that matter. Others are ignored, with and without `IgnoreUnknown`: they may be
 /// meant for other plugins of the list.
 fn pod_arguments(text: &str) -> Result<HashMap<String, String>, PluginError> {
-    const KEYS: [&str; 3] = ["K8S_POD_NAMESPACE", "K8S_POD_NAME", "K8S_POD_INFRA_CONTAINER_ID"];
+    const KEYS: [&str; 3] = [NAMESPACE, "K8S_POD_NAME", "K8S_POD_INFRA_CONTAINER_ID"];
     let mut args = HashMap::new();
     for pair in text.split(';').filter(|pair| !pair.is_empty()) {
         let Some((key, value)) = pair.split_once('=') else {

@@ -172,3 +172,17 @@ fn a99_configurations() {
     let full = parse(full).unwrap();
     assert_eq!((&*full.socket, full.previous), ("/s", Some(previous())));
 }
+
+#[test]
+fn a_namespace_for_containers_of_runtimes_that_know_none() {
+    let input = config("1.0.0", json!({"podNamespace": "containers"}));
+    let config = NetConf::parse(&input).unwrap();
+    let mut environment = environment("ADD");
+    let mut namespace = |text: &str| {
+        environment.variables.insert("CNI_ARGS".into(), text.into());
+        arguments(&environment, &config, &input, Call::Add).unwrap().args["K8S_POD_NAMESPACE"].clone()
+    };
+    assert_eq!(namespace("K8S_POD_NAME=a"), "containers");
+    assert_eq!(namespace("K8S_POD_NAMESPACE=;K8S_POD_NAME=a"), "containers");
+    assert_eq!(namespace("K8S_POD_NAMESPACE=demo;K8S_POD_NAME=a"), "demo");
+}
