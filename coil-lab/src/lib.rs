@@ -22,7 +22,7 @@ pub mod traffic;
 mod up;
 
 pub use args::LabArgs;
-pub use kubelet::{COIL_IMAGE, RUN_ANNOTATION};
+pub use kubelet::{COIL_IMAGE, MIRROR_ANNOTATION, RUN_ANNOTATION};
 pub use options::{ApiSource, Family, Options};
 pub use status::Status;
 pub use target::Target;
@@ -131,6 +131,11 @@ impl Lab {
             _ => None,
         }
         .unwrap_or_else(|| "kubectl".into())
+    }
+
+    /// Value of the marker in the environment of every process of this lab.
+    pub fn id(&self) -> &str {
+        &self.state.id
     }
 
     /// What was asked for.

@@ -3,7 +3,7 @@
 //!
 //! A container runs as a plain process in the pod's network namespace if its image is [`COIL_IMAGE`] or its pod carries
 //! the annotation [`RUN_ANNOTATION`]. Any other container has no process and counts as running: there are no images
-//! here. Volumes, users, limits, hooks at a start and `kubectl exec` do not exist either.
+//! here. A pod with the annotation [`MIRROR_ANNOTATION`] is somebody else's business. Volumes, users, limits, hooks at a start and `kubectl exec` do not exist either.
 
 mod account;
 mod container;
@@ -36,6 +36,8 @@ use tracing::{info, warn};
 pub const COIL_IMAGE: &str = "coil:lab";
 /// A pod with this annotation set to `true` has its commands run as processes.
 pub const RUN_ANNOTATION: &str = "lab.coil.cybozu.com/run";
+/// A pod with this annotation is run by somebody who tells the API about it: it is left alone, as a kubelet does.
+pub const MIRROR_ANNOTATION: &str = "kubernetes.io/config.mirror";
 /// Environment variable of every process of a pod; its value is the pod's UID.
 const POD_MARKER: &str = "COIL_LAB_POD";
 
@@ -115,6 +117,9 @@ impl Kubelets {
         let uid = uid(&pod);
         if let Some(updates) = self.pods.get(&uid) {
             updates.send_replace(Update { pod: Arc::new(pod), gone: false });
+            return;
+        }
+        if pod.metadata.annotations.as_ref().is_some_and(|all| all.contains_key(MIRROR_ANNOTATION)) {
             return;
         }
         let Some(node) = pod
