@@ -2,6 +2,7 @@
 //!
 //! Goals are bounds that a figure must keep; a figure without one has `null` until it is set.
 
+mod cni;
 mod path;
 mod testrun;
 mod traffic;
@@ -39,6 +40,8 @@ enum Name {
     Path,
     /// The same against the kernel's FOU, in a virtual machine that counts instructions
     Counted,
+    /// ADD and DEL of pods, against `ptp` with `host-local`
+    Cni,
 }
 
 /// A figure.
@@ -62,6 +65,11 @@ impl Figure {
         Self { goal: Some(format!(">= {least}")), ok: value >= least, ..Self::plain(name, value, unit) }
     }
 
+    /// A figure that must not rise above a bound.
+    fn at_most(name: impl Into<String>, value: f64, unit: &str, most: f64) -> Self {
+        Self { goal: Some(format!("<= {most}")), ok: value <= most, ..Self::plain(name, value, unit) }
+    }
+
     fn plain(name: impl Into<String>, value: f64, unit: &str) -> Self {
         Self { name: name.into(), value, unit: unit.to_owned(), goal: None, ok: true }
     }
@@ -75,7 +83,7 @@ impl Bench {
         host::ensure(host::BENCH)?;
         Build::default().run()?;
         let names = if self.names.is_empty() {
-            &[Name::Datapath, Name::Sweep, Name::Path, Name::Counted][..]
+            &[Name::Datapath, Name::Sweep, Name::Path, Name::Counted, Name::Cni][..]
         } else {
             &self.names
         };
@@ -89,6 +97,7 @@ impl Bench {
                 Name::Sweep => figures.extend(testrun::sweep()?),
                 Name::Path => figures.extend(path::native()?),
                 Name::Counted => figures.extend(path::counted()?),
+                Name::Cni => figures.extend(runtime()?.block_on(cni::measure())?),
             }
         }
         if figures.is_empty() {
