@@ -1,6 +1,6 @@
 //! The command line of the lab, to be flattened into a program such as xtask.
 
-use crate::options::{ApiSource, Family, Options};
+use crate::options::{ApiSource, Family, Networking, Options};
 use crate::target::Target;
 use crate::{Lab, LabError, Status, paths, state, supervisor, traffic};
 use anyhow::{Context, bail};
@@ -74,6 +74,9 @@ pub struct UpArgs {
     /// Address families
     #[arg(long, value_enum, default_value_t)]
     pub family: Family,
+    /// Who gives pods their network
+    #[arg(long, value_enum, default_value_t)]
+    pub networking: Networking,
     /// The multi-call binary with the Coil programs; default: hypercoil next to this program
     #[arg(long, value_name = "FILE")]
     pub programs: Option<PathBuf>,
@@ -97,11 +100,21 @@ pub struct UpArgs {
 impl UpArgs {
     /// The same choices as [`Options`].
     pub fn options(self, launcher: Vec<PathBuf>) -> std::io::Result<Options> {
-        let Self { nodes, family, programs, without_coil, conflist, kubeconfig, with_controllers, wait } =
-            self;
+        let Self {
+            nodes,
+            family,
+            networking,
+            programs,
+            without_coil,
+            conflist,
+            kubeconfig,
+            with_controllers,
+            wait,
+        } = self;
         let mut options = Options::with_launcher(launcher);
         options.nodes = nodes;
         options.family = family;
+        options.networking = networking;
         options.conflist = conflist.map(std::path::absolute).transpose()?;
         options.wait_seconds = wait;
         options.controllers = with_controllers;

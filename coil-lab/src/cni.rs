@@ -2,6 +2,7 @@
 //! of the one before, DEL in reverse, and a record on disk so that DEL works after a restart.
 
 use crate::netns::{Netns, NetnsError};
+use crate::options::Networking;
 use crate::paths;
 use crate::state::write_json;
 use crate::topology::Node;
@@ -238,8 +239,12 @@ impl Attachment {
     }
 }
 
-/// The lab's own configuration list for a node: `ptp` with `host-local`, and Coil behind them.
-pub fn config(node: &Node, coil: bool) -> Value {
+/// The lab's own configuration list for a node: Coil alone, or `ptp` with `host-local` and Coil behind them.
+pub fn config(node: &Node, networking: Networking, coil: bool) -> Value {
+    let own = json!({ "type": "coil", "socket": socket(&node.name) });
+    if coil && networking == Networking::Coil {
+        return json!({ "cniVersion": "1.0.0", "name": "coil-lab", "plugins": [own] });
+    }
     let ranges: Vec<Value> = node.pod_cidrs.iter().map(|net| json!([{ "subnet": net }])).collect();
     let routes: Vec<Value> = node
         .pod_cidrs
@@ -258,7 +263,7 @@ pub fn config(node: &Node, coil: bool) -> Value {
         },
     })];
     if coil {
-        plugins.push(json!({ "type": "coil", "socket": socket(&node.name) }));
+        plugins.push(own);
     }
     json!({ "cniVersion": "1.0.0", "name": "coil-lab", "plugins": plugins })
 }
@@ -319,10 +324,17 @@ mod tests {
 
     #[test]
     fn configuration_per_family() {
-        let dual = config(&Topology::plan(1, Family::Dual).nodes[0], true);
+        let topology = Topology::plan(1, Family::Dual, Networking::Coil);
+        let own = config(&topology.nodes[0], Networking::Coil, true);
+        assert_eq!(
+            (&own["plugins"][0]["type"], own["plugins"].as_array().unwrap().len()),
+            (&json!("coil"), 1)
+        );
+        let plan = |family| Topology::plan(1, family, Networking::Ptp);
+        let dual = config(&plan(Family::Dual).nodes[0], Networking::Ptp, true);
         assert_eq!(dual["plugins"][0]["ipam"]["ranges"].as_array().unwrap().len(), 2);
         assert_eq!(dual["plugins"][1]["type"], "coil");
-        let v6 = config(&Topology::plan(1, Family::V6).nodes[0], false);
+        let v6 = config(&plan(Family::V6).nodes[0], Networking::Ptp, false);
         assert_eq!(v6["plugins"][0]["ipam"]["routes"], json!([{ "dst": "::/0" }]));
         assert_eq!(v6["plugins"].as_array().unwrap().len(), 1);
     }

@@ -4,6 +4,7 @@
 
 pub mod api;
 pub mod args;
+mod bird;
 pub mod cni;
 pub mod controllers;
 pub mod down;

@@ -33,6 +33,17 @@ impl Family {
     }
 }
 
+/// Who gives pods their network.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Networking {
+    /// The reference plugins `ptp` and `host-local`, with Coil chained behind them for egress alone.
+    #[default]
+    Ptp,
+    /// Coil: addresses from an `AddressPool`, routes between nodes by BIRD.
+    Coil,
+}
+
 /// Where the Kubernetes API comes from.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -53,6 +64,9 @@ pub struct Options {
     pub nodes: usize,
     /// Address families.
     pub family: Family,
+    /// Who gives pods their network.
+    #[serde(default)]
+    pub networking: Networking,
     /// Where the API comes from.
     pub api: ApiSource,
     /// Run the lab's own controllers of workloads and scheduler, for an API server that has none. The embedded one
@@ -90,6 +104,7 @@ impl Options {
         Self {
             nodes: 2,
             family: Family::default(),
+            networking: Networking::default(),
             api: match std::env::var_os("KUBEBUILDER_ASSETS") {
                 // The supervisor works in another folder.
                 Some(folder) if !folder.is_empty() => {

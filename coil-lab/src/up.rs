@@ -1,12 +1,12 @@
 //! Starts the supervisor and waits until it says that all is ready.
 
-use crate::cni;
 use crate::down::{self, DownError};
-use crate::options::{ApiSource, Options};
+use crate::options::{ApiSource, Networking, Options};
 use crate::paths;
 use crate::state::{Phase, State, StateError};
 use crate::supervisor::Message;
 use crate::topology::{MAX_NODES, Topology};
+use crate::{bird, cni};
 use std::io;
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixListener};
@@ -93,7 +93,7 @@ pub(crate) async fn up(options: Options, progress: &impl Fn(&str)) -> Result<Sta
     let state = State {
         id: uuid::Uuid::new_v4().simple().to_string(),
         phase: Phase::Starting,
-        topology: Topology::plan(options.nodes, options.family),
+        topology: Topology::plan(options.nodes, options.family, options.networking),
         options,
         supervisor: None,
         api_url: None,
@@ -142,7 +142,11 @@ fn check(options: &Options) -> Result<(), UpError> {
     if !std::env::split_paths(&path).any(|folder| folder.join("ip").is_file()) {
         return Err(UpError::Tool { program: "ip", package: "iproute2" });
     }
-    if options.conflist.is_none() {
+    let ptp = options.networking == Networking::Ptp || options.programs.is_none();
+    if options.networking == Networking::Coil && bird::program().is_none() {
+        return Err(UpError::Tool { program: "bird", package: "bird2" });
+    }
+    if options.conflist.is_none() && ptp {
         for program in ["ptp", "host-local"] {
             if cni::find(program).is_err() {
                 return Err(UpError::Tool { program, package: "containernetworking-plugins" });

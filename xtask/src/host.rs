@@ -31,6 +31,7 @@ pub const LAB: &[Tool] = &[
     tool("kubectl", "kubernetes-client"),
     tool("curl", "curl"),
     tool("nft", "nftables"),
+    tool("/usr/sbin/bird", "bird2"),
     tool("/usr/lib/cni/ptp", "containernetworking-plugins"),
     tool("/usr/lib/cni/host-local", "containernetworking-plugins"),
 ];

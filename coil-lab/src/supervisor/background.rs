@@ -2,7 +2,7 @@
 
 use crate::netns::Netns;
 use crate::state::State;
-use crate::{paths, target};
+use crate::{bird, paths, target};
 use anyhow::Context;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
@@ -35,21 +35,37 @@ impl Background {
         self.keep_running("external", namespace, argv)
     }
 
+    /// BIRD on every node and on the router.
+    pub(super) fn routing(&mut self) -> anyhow::Result<()> {
+        let program = bird::program().context("bird is not installed (Debian package bird2)")?;
+        let topology = self.state.topology.clone();
+        let mut instances = vec![(topology.router.clone(), bird::router_folder(), bird::router(&topology))];
+        for (node, number) in topology.nodes.iter().zip(1..) {
+            instances.push((node.netns.clone(), paths::node(&node.name), bird::node(node, number)));
+        }
+        for (namespace, folder, configuration) in instances {
+            std::fs::create_dir_all(&folder)
+                .with_context(|| format!("cannot create {}", folder.display()))?;
+            let path = folder.join("bird.conf");
+            std::fs::write(&path, configuration)
+                .with_context(|| format!("cannot write {}", path.display()))?;
+            let name = format!("bird-{}", folder.file_name().unwrap_or_default().display());
+            self.keep_running(&name, namespace, bird::command(program.clone(), folder))?;
+        }
+        Ok(())
+    }
+
     /// Starts a program and restarts it whenever it ends.
-    fn keep_running(
-        &mut self,
-        name: &'static str,
-        namespace: Netns,
-        argv: Vec<PathBuf>,
-    ) -> anyhow::Result<()> {
+    fn keep_running(&mut self, name: &str, namespace: Netns, argv: Vec<PathBuf>) -> anyhow::Result<()> {
         let state = self.state.clone();
-        let mut child = start(&state, name, &namespace, &argv)?;
+        let name = name.to_owned();
+        let mut child = start(&state, &name, &namespace, &argv)?;
         self.tasks.spawn(async move {
             loop {
                 let status = child.wait().await.with_context(|| format!("waiting for {name}"))?;
                 warn!(name, %status, "ended; starting it again");
                 tokio::time::sleep(Duration::from_millis(500)).await;
-                child = start(&state, name, &namespace, &argv)?;
+                child = start(&state, &name, &namespace, &argv)?;
             }
         });
         Ok(())

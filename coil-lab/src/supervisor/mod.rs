@@ -8,6 +8,7 @@ mod control_plane;
 mod objects;
 
 use crate::kubelet::Kubelets;
+use crate::options::{Networking, Options};
 use crate::paths;
 use crate::process::ProcessId;
 use crate::state::{Phase, State};
@@ -92,6 +93,9 @@ async fn run() -> anyhow::Result<()> {
     folders(&state)?;
     let mut background = background::Background::new(&state);
     background.external_servers()?;
+    if state.options.networking == Networking::Coil {
+        background.routing()?;
+    }
 
     let mut api = api::Api::start(&mut state).await?;
     let shutdown = CancellationToken::new();
@@ -116,7 +120,7 @@ async fn run() -> anyhow::Result<()> {
         objects::definitions(&client, &state.options.crds).await?;
         if state.options.programs.is_some() {
             progress("starting coild on every node, and coil-controller");
-            objects::coil(&client).await.context("the objects of Coil")?;
+            objects::coil(&client, &state).await.context("the objects of Coil")?;
             objects::coil_ready(&client, &state).await?;
         }
         state.phase = Phase::Ready;
@@ -152,7 +156,7 @@ fn folders(state: &State) -> anyhow::Result<()> {
             symlink(binary, paths::bin().join(program)).with_context(|| format!("link to {program}"))?;
         }
     }
-    client_script(state).context("cannot write lab-client")?;
+    traffic_scripts(state).context("cannot write lab-client and lab-server")?;
     for node in &state.topology.nodes {
         let folder = paths::node(&node.name);
         std::fs::create_dir_all(&folder).with_context(|| format!("cannot create {}", folder.display()))?;
@@ -160,7 +164,10 @@ fn folders(state: &State) -> anyhow::Result<()> {
             Some(file) => std::fs::read_to_string(file)
                 .with_context(|| format!("cannot read {}", file.display()))?
                 .replace("@NODE@", &node.name),
-            None => serde_json::to_string_pretty(&cni::config(node, state.options.programs.is_some()))?,
+            None => {
+                let Options { networking, programs, .. } = &state.options;
+                serde_json::to_string_pretty(&cni::config(node, *networking, programs.is_some()))?
+            }
         };
         let path = folder.join("10-lab.conflist");
         std::fs::write(&path, config).with_context(|| format!("cannot write {}", path.display()))?;
@@ -168,15 +175,18 @@ fn folders(state: &State) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// `lab-client`, the client of the external host's servers, for commands in the lab's namespaces.
-fn client_script(state: &State) -> std::io::Result<()> {
+/// `lab-client` and `lab-server`, the two ends of the lab's traffic, for commands in its namespaces.
+fn traffic_scripts(state: &State) -> std::io::Result<()> {
     let quoted: Vec<String> = state
         .options
         .launcher
         .iter()
         .map(|part| format!("'{}'", part.to_string_lossy().replace('\'', "'\\''")))
         .collect();
-    let path = paths::bin().join("lab-client");
-    std::fs::write(&path, format!("#!/bin/sh\nexec {} client \"$@\"\n", quoted.join(" ")))?;
-    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755))
+    for (name, verb) in [("lab-client", "client"), ("lab-server", "http")] {
+        let path = paths::bin().join(name);
+        std::fs::write(&path, format!("#!/bin/sh\nexec {} {verb} \"$@\"\n", quoted.join(" ")))?;
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755))?;
+    }
+    Ok(())
 }

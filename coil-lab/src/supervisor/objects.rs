@@ -1,11 +1,13 @@
 //! The objects that a lab starts with: custom resource definitions and the pods of Coil itself; and waiting for them.
 
+use crate::options::Networking;
 use crate::state::State;
 use anyhow::{Context, bail};
+use ipnet::IpNet;
 use kube::api::{Api, DynamicObject, Patch, PatchParams};
 use kube::core::GroupVersionKind;
 use kube::{Client, ResourceExt, discovery};
-use serde_json::Value;
+use serde_json::{Value, json};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -17,6 +19,8 @@ const ROLES: [&str; 4] = [
     include_str!("../../../manifests/rbac/egress.yaml"),
     include_str!("../../../manifests/rbac/leader-election.yaml"),
 ];
+/// Small, so that a few pods need several blocks.
+const BLOCK_SIZE_BITS: u32 = 2;
 const FIELD_MANAGER: &str = "coil-lab";
 
 /// Applies every manifest of a folder, and waits until the API serves the kinds that they define.
@@ -37,12 +41,36 @@ pub(super) async fn definitions(client: &Client, folder: &Path) -> anyhow::Resul
 }
 
 /// Applies the roles and the pods of Coil.
-pub(super) async fn coil(client: &Client) -> anyhow::Result<()> {
+pub(super) async fn coil(client: &Client, state: &State) -> anyhow::Result<()> {
     for text in ROLES {
         apply(client, text).await?;
     }
-    let text = COIL.replace("@IMAGE@", crate::COIL_IMAGE).replace("@ROOT@", crate::paths::ROOT);
+    let ipam = state.options.networking == Networking::Coil;
+    let text = COIL
+        .replace("@IMAGE@", crate::COIL_IMAGE)
+        .replace("@ROOT@", crate::paths::ROOT)
+        .replace("@IPAM@", &ipam.to_string());
+    if ipam {
+        apply(client, &pool(&state.topology.pool).to_string()).await?;
+    }
     apply(client, &text).await.map(drop)
+}
+
+/// The pool that pods get their addresses from unless their namespace names another.
+fn pool(subnets: &[IpNet]) -> Value {
+    let of = |v4: bool| subnets.iter().find(|net| net.addr().is_ipv4() == v4);
+    let mut subnet = serde_json::Map::new();
+    for (family, net) in [("ipv4", of(true)), ("ipv6", of(false))] {
+        if let Some(net) = net {
+            subnet.insert(family.to_owned(), json!(net));
+        }
+    }
+    json!({
+        "apiVersion": "coil.cybozu.com/v2",
+        "kind": "AddressPool",
+        "metadata": { "name": "default" },
+        "spec": { "blockSizeBits": BLOCK_SIZE_BITS, "subnets": [subnet] },
+    })
 }
 
 /// Waits until all of Coil's own pods are ready.

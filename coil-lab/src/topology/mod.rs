@@ -6,7 +6,7 @@
 //!  worker2 ── 172.30.2.0/24 ──┤ router (API at 172.30.0.1) ── 172.31.0.0/24 ── external (203.0.113.10, …)
 //! ```
 //!
-//! The router has a route to each node's pods and the external host sends everything back to the router, so a pod that
+//! The router has a route to each node's pods, fixed or by BGP, and the external host sends everything back to the router, so a pod that
 //! nobody NATs reaches the outside with its own address and gets its answers.
 
 mod apply;
@@ -14,7 +14,7 @@ mod apply;
 pub use apply::{ApplyError, apply};
 
 use crate::netns::Netns;
-use crate::options::Family;
+use crate::options::{Family, Networking};
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use serde::{Deserialize, Serialize};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -37,6 +37,10 @@ pub struct Topology {
     pub api_addresses: Vec<IpAddr>,
     /// The outside world.
     pub external: External,
+    /// Addresses of pods that Coil gives out: the subnet of the pool `default`, with at most one of each family. Empty
+    /// without Coil's own pod networking.
+    #[serde(default)]
+    pub pool: Vec<IpNet>,
     /// Ranges of service addresses. Nothing routes them: Coil's clients need no kube-proxy.
     pub service_cidrs: Vec<IpNet>,
 }
@@ -54,7 +58,7 @@ pub struct Node {
     pub addresses: Vec<IpNet>,
     /// The router's addresses on the same link.
     pub gateways: Vec<IpNet>,
-    /// The ranges of its pods.
+    /// The ranges of its pods, where they are fixed: not with Coil's own pod networking.
     pub pod_cidrs: Vec<IpNet>,
     /// Name of the router's end of the link.
     pub router_link: String,
@@ -91,7 +95,7 @@ const EXTERNAL_HOSTS: [&str; 12] = [
 
 impl Topology {
     /// The network of a cluster with `nodes` workers.
-    pub fn plan(nodes: usize, family: Family) -> Self {
+    pub fn plan(nodes: usize, family: Family, networking: Networking) -> Self {
         let keep = |v4: Ipv4Addr, v4_len: u8, v6: Ipv6Addr, v6_len: u8| -> Vec<IpNet> {
             let v4 = family.v4().then(|| IpNet::V4(Ipv4Net::new_assert(v4, v4_len)));
             let v6 = family.v6().then(|| IpNet::V6(Ipv6Net::new_assert(v6, v6_len)));
@@ -122,12 +126,15 @@ impl Topology {
                     zone: format!("zone-{}", (number - 1) % 3 + 1),
                     addresses: underlay(number, 2),
                     gateways: underlay(number, 1),
-                    pod_cidrs: keep(
-                        Ipv4Addr::new(10, 244, number, 0),
-                        24,
-                        Ipv6Addr::new(0xfd00, 0x10, 0x244, decimal(number), 0, 0, 0, 0),
-                        64,
-                    ),
+                    pod_cidrs: match networking {
+                        Networking::Coil => Vec::new(),
+                        Networking::Ptp => keep(
+                            Ipv4Addr::new(10, 244, number, 0),
+                            24,
+                            Ipv6Addr::new(0xfd00, 0x10, 0x244, decimal(number), 0, 0, 0, 0),
+                            64,
+                        ),
+                    },
                     router_link: format!("to-{name}"),
                     name,
                 }
@@ -147,6 +154,16 @@ impl Topology {
                     .filter_map(|text| text.parse().ok())
                     .filter(|address| family.has(*address))
                     .collect(),
+            },
+            // As many addresses of either family, as a pool wants it.
+            pool: match networking {
+                Networking::Coil => keep(
+                    Ipv4Addr::new(10, 244, 0, 0),
+                    16,
+                    Ipv6Addr::new(0xfd00, 0x10, 0x244, 0, 0, 0, 0, 0),
+                    112,
+                ),
+                Networking::Ptp => Vec::new(),
             },
             service_cidrs: keep(
                 Ipv4Addr::new(10, 96, 0, 0),
@@ -189,7 +206,7 @@ mod tests {
 
     #[test]
     fn dual_stack_plan() {
-        let topology = Topology::plan(2, Family::Dual);
+        let topology = Topology::plan(2, Family::Dual, Networking::Ptp);
         let node = topology.node("worker2").unwrap();
         let text: Vec<_> = node.addresses.iter().chain(&node.pod_cidrs).map(ToString::to_string).collect();
         assert_eq!(text, ["172.30.2.2/24", "fd00:172:30:2::2/64", "10.244.2.0/24", "fd00:10:244:2::/64"]);
@@ -199,17 +216,17 @@ mod tests {
 
     #[test]
     fn one_family_has_no_trace_of_the_other() {
-        let v6 = serde_json::to_string(&Topology::plan(3, Family::V6)).unwrap();
+        let v6 = serde_json::to_string(&Topology::plan(3, Family::V6, Networking::Ptp)).unwrap();
         assert!(!v6.contains("10.244."), "{v6}");
         assert!(!v6.contains("203.0.113"), "{v6}");
-        let v4 = serde_json::to_string(&Topology::plan(3, Family::V4)).unwrap();
+        let v4 = serde_json::to_string(&Topology::plan(3, Family::V4, Networking::Ptp)).unwrap();
         assert!(!v4.contains("fd00"), "{v4}");
-        assert_eq!(Topology::plan(1, Family::V6).api_authority(), "[fd00:172:30::1]:6443");
+        assert_eq!(Topology::plan(1, Family::V6, Networking::Ptp).api_authority(), "[fd00:172:30::1]:6443");
     }
 
     #[test]
     fn nodes_do_not_overlap() {
-        let topology = Topology::plan(MAX_NODES, Family::Dual);
+        let topology = Topology::plan(MAX_NODES, Family::Dual, Networking::Ptp);
         let mut seen = std::collections::HashSet::new();
         for node in &topology.nodes {
             for net in node.addresses.iter().map(IpNet::trunc).chain(node.pod_cidrs.iter().copied()) {
