@@ -82,16 +82,16 @@ pub fn router(topology: &Topology) -> String {
     let mut text = head(0xffff);
     for (family, wanted) in [("ipv4", topology.family.v4()), ("ipv6", topology.family.v6())] {
         if wanted {
-            write!(text, "protocol kernel main_{family} {{ {family} {{ import none; export all; }}; }}\n")
+            writeln!(text, "protocol kernel main_{family} {{ {family} {{ import none; export all; }}; }}")
                 .unwrap_or_default();
         }
     }
     for (index, node) in topology.nodes.iter().enumerate() {
         for (family, own, router) in links(node) {
-            write!(
+            writeln!(
                 text,
                 "protocol bgp {}_{family} {{ local {router} as {ROUTER_AS}; neighbor {own} as {}; passive; \
-                 {family} {{ import all; export none; }}; }}\n",
+                 {family} {{ import all; export none; }}; }}",
                 node.name,
                 ROUTER_AS + index + 1
             )
