@@ -111,7 +111,12 @@ impl<D: Datapath + 'static> Writer<D> {
             tokio::select! {
                 () = drain.cancelled() => return Ok(()),
                 changed = self.snapshots.changed() => {
-                    changed.map_err(|_| WriterError::Closed)?;
+                    match changed {
+                        Ok(()) => {}
+                        // All tasks end at the same time then, in any order.
+                        Err(_) if drain.is_cancelled() => return Ok(()),
+                        Err(_) => return Err(WriterError::Closed),
+                    }
                     let snapshot = self.snapshots.borrow_and_update();
                     self.metrics.observe(&snapshot);
                     if snapshot.desired.complete && snapshot.revision != self.applied.borrow().revision {

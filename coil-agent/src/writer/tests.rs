@@ -188,3 +188,21 @@ async fn maps_are_compared_and_flows_swept_from_time_to_time() {
         .await;
     assert!(world.datapath.count(|done| *done == Done::Swept) > 3);
 }
+
+#[tokio::test]
+async fn at_the_end_it_does_not_matter_who_goes_first() {
+    for drained in [true, false] {
+        // Which of two things that are there is seen first is left to chance.
+        for _ in 0..64 {
+            let (publisher, snapshots) = watch::channel(Snapshot::default());
+            let metrics = StateMetrics::register(&prometheus::Registry::new()).unwrap();
+            let (writer, _applied) = Writer::new(FakeDatapath::default(), snapshots, metrics);
+            let drain = Drain::new();
+            drop(publisher);
+            if drained {
+                drain.cancel();
+            }
+            assert_eq!(writer.run(drain, || {}).await.is_ok(), drained);
+        }
+    }
+}
