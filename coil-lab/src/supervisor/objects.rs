@@ -29,6 +29,8 @@ pub(super) async fn definitions(client: &Client, folder: &Path) -> anyhow::Resul
         .with_context(|| format!("cannot read the custom resource definitions in {}", folder.display()))?;
     let mut files: Vec<_> = entries.flatten().map(|entry| entry.path()).collect();
     files.retain(|path| path.extension().is_some_and(|extension| extension == "yaml" || extension == "yml"));
+    // What is for kubectl alone, not for the API.
+    files.retain(|path| path.file_stem().is_none_or(|stem| stem != "kustomization"));
     files.sort();
     for file in files {
         let text =
