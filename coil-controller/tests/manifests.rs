@@ -56,6 +56,10 @@ fn contains(whole: &Value, part: &Value, place: &str) {
         (Value::Object(whole), Value::Object(part)) => {
             for (key, value) in part {
                 let place = format!("{place}: {key}");
+                // In a patch, null takes the field away.
+                if value.is_null() && whole.get(key).is_none() {
+                    continue;
+                }
                 contains(whole.get(key).unwrap_or_else(|| panic!("{place} is no field")), value, &place);
             }
         }
@@ -68,12 +72,26 @@ fn contains(whole: &Value, part: &Value, place: &str) {
     }
 }
 
+/// Files that change objects of other files.
+fn patches(objects: &[(PathBuf, Value)]) -> Vec<PathBuf> {
+    let of = |(path, object): &(PathBuf, Value)| -> Vec<PathBuf> {
+        let patches = object["patches"].as_array().into_iter().flatten();
+        patches.map(|patch| path.parent().unwrap().join(patch["path"].as_str().unwrap())).collect()
+    };
+    objects.iter().filter(|(_, object)| object["kind"] == "Kustomization").flat_map(of).collect()
+}
+
 #[test]
 fn every_manifest_is_an_object_of_its_kind() {
-    for (path, object) in objects() {
+    let objects = objects();
+    let patches = patches(&objects);
+    for patch in &patches {
+        assert!(patch.exists(), "a patch that is missing: {}", patch.display());
+    }
+    for (path, object) in objects {
         match object["kind"].as_str().unwrap_or_default() {
             "Kustomization" => {
-                for resource in object["resources"].as_array().unwrap() {
+                for resource in object["resources"].as_array().into_iter().flatten() {
                     let target = path.parent().unwrap().join(resource.as_str().unwrap());
                     assert!(target.exists(), "{} names {}", path.display(), target.display());
                 }
@@ -91,6 +109,7 @@ fn every_manifest_is_an_object_of_its_kind() {
         }
         assert!(
             object["kind"] == "Kustomization"
+                || patches.contains(&path)
                 || object["metadata"]["labels"]["app.kubernetes.io/name"] == "coil",
             "{}: {} has no label app.kubernetes.io/name",
             path.display(),
