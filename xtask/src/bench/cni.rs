@@ -13,6 +13,7 @@ use anyhow::{Context, Result, ensure};
 use coil_lab::cni::Attachment;
 use coil_lab::drive::{apply, fresh};
 use coil_lab::netns::Netns;
+use coil_lab::options::Networking;
 use coil_lab::topology::Node;
 use coil_lab::{Family, Lab, MIRROR_ANNOTATION, Options, paths};
 use serde_json::{Value, json};
@@ -36,7 +37,8 @@ const NAMESPACE: &str = "bench-cni";
 
 /// Brings a lab up, measures, and removes it.
 pub async fn measure() -> Result<Vec<Figure>> {
-    let options = Options { nodes: 1, family: Family::Dual, ..Options::for_xtask()? };
+    let options =
+        Options { nodes: 1, family: Family::Dual, networking: Networking::Coil, ..Options::for_xtask()? };
     let lab = fresh(options, |step| say(step)).await?;
     let figures = with_pods(&lab).await;
     Lab::down(|step| say(step))?;
