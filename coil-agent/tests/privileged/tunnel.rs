@@ -5,6 +5,7 @@
 use std::net::{IpAddr, SocketAddr, TcpStream, UdpSocket};
 
 use coil_agent::datapath::{NodeDatapath, TunnelKind};
+use coil_agent::gateway::datapath::GatewayOptions;
 use coil_common::keys::{FlowKey4, FlowKey6};
 use coil_common::names::{MAP_NAT_FORWARD_V4, MAP_NAT_FORWARD_V6, MAP_NAT_REVERSE_V4, MAP_NAT_REVERSE_V6};
 use coil_common::stats::DropReason;
@@ -60,16 +61,23 @@ fn bytes_are_exact_by_ip_in_ip_across_nodes() {
     offloads(&Topology::across().by(TunnelKind::Ipip));
 }
 
-/// Datagrams that leave in one piece of 20 and arrive one by one, there and back.
+/// Datagrams that leave in one piece of 20 and arrive one by one, there and back, on one node and on two.
 #[test]
 #[ignore = "privileged: needs root and the eBPF object"]
-fn many_datagrams_at_once_go_by_ip_in_ip() {
+fn many_datagrams_at_once_go_by_either_tunnel() {
     const SIZE: usize = 1000;
     const COUNT: usize = 20;
-    for topology in [Topology::new(), Topology::across()] {
-        let topology = topology.by(TunnelKind::Ipip);
+    for (far, kind) in [
+        (false, TunnelKind::Ipip),
+        (true, TunnelKind::Ipip),
+        (false, TunnelKind::Fou),
+        (true, TunnelKind::Fou),
+    ] {
+        let topology = if far { Topology::across() } else { Topology::new() }.by(kind);
         let _node = topology.apply(topology.open_node(None), &topology.state());
-        let _gateway = topology.open_gateway();
+        // With it, and FOU inside a node, replies of this kind are lost (docs/operations.md).
+        let options = GatewayOptions { redirect_peer: false, ..topology.gateway_options() };
+        let _gateway = topology.open_gateway_with(options);
         for v6 in [false, true] {
             let address = topology.external.address(v6);
             let (sender, receiver) = std::sync::mpsc::channel();
@@ -81,7 +89,8 @@ fn many_datagrams_at_once_go_by_ip_in_ip() {
                 let mut buffer = vec![0; 65536];
                 let mut to = None;
                 for _ in 0..COUNT {
-                    let (count, peer) = socket.recv_from(&mut buffer).unwrap();
+                    // What is missing is told with what the datapath has counted.
+                    let Ok((count, peer)) = socket.recv_from(&mut buffer) else { return all };
                     assert_eq!(count, SIZE);
                     all.extend(&buffer[..count]);
                     to = Some(peer);
@@ -102,13 +111,20 @@ fn many_datagrams_at_once_go_by_ip_in_ip() {
                 let mut all: Vec<u8> = Vec::new();
                 let mut buffer = vec![0; 65536];
                 for _ in 0..COUNT {
-                    let (count, _) = socket.recv_from(&mut buffer).unwrap();
+                    let Ok((count, _)) = socket.recv_from(&mut buffer) else { return all };
                     assert_eq!(count, SIZE);
                     all.extend(&buffer[..count]);
                 }
                 all
             });
-            assert!(server.join().unwrap() == sent && back == sent, "v6: {v6}; {}", dump(&topology));
+            let there = server.join().unwrap();
+            assert!(
+                there == sent && back == sent,
+                "{kind:?}, v6: {v6}, far: {far}, there: {} bytes, back: {}; {}",
+                there.len(),
+                back.len(),
+                dump(&topology)
+            );
         }
     }
 }
