@@ -178,6 +178,19 @@ async fn a91_routes_to_the_blocks_of_all_other_nodes() {
     router.task.await.unwrap();
 }
 
+/// Long before the next forced sync.
+#[tokio::test]
+async fn a43_a_new_block_has_its_route_at_once() {
+    let mut router = Router::with_interval(Duration::from_secs(86_400));
+    router.take(nodes());
+    router.take(Input::Blocks(all(Vec::new())));
+    router.until("the first sync", |router| router.syncs() == 1).await;
+    router.take(Input::Blocks(Change::Apply(block("default-0", "v4", &["10.2.0.64/27"]))));
+    router.until_ours(&routes(&[("10.2.0.64/27", "10.0.0.3")])).await;
+    router.take(Input::Blocks(Change::Delete("default-0".into())));
+    router.until_ours(&Wanted::new()).await;
+}
+
 #[tokio::test]
 async fn routes_that_others_remove_are_back_after_an_interval() {
     let mut router = Router::with_interval(Duration::from_millis(20));
