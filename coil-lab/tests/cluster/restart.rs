@@ -4,7 +4,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use coil_lab::drive::{Addresses, apply, ask, exec, flow, get, pod, until, wait_for};
+use coil_lab::drive::{Addresses, apply, ask, ask_for, exec, flow, get, pod, until, wait_for};
 use coil_lab::report::{Peer, Stream, Udp};
 use coil_lab::{Lab, Target, paths};
 use serde_json::Value;
@@ -37,6 +37,8 @@ pub(crate) async fn restarts(lab: &Lab, arguments: &[&str]) -> Result<i64> {
 
 /// How often all agents are killed in a row.
 const KILLS: usize = 3;
+/// Longest time that traffic may go on until all have been killed and are back.
+const LIMIT: Duration = Duration::from_secs(450);
 
 /// kill -9 of every `coild` and `coil-egress`, several times in a row, in the middle of a TCP stream and of
 /// a UDP exchange of each family: every packet that one end sends arrives at the other, as counters at both
@@ -79,15 +81,20 @@ async fn killed_in_the_middle(lab: &Lab, name: (&str, &str), tally: &Tally) -> R
         let (place, end) = (pod(name.0, name.1), end.clone());
         async move {
             let to = SocketAddr::new(server, ECHO).to_string();
-            let stream = ["--seconds", "110", "--rate", "1000000", "--stall-ms", "4000", "--until", &end];
+            let stream = ["--seconds", "430", "--rate", "1000000", "--stall-ms", "4000", "--until", &end];
             let stream = [&["stream", to.as_str()], stream.as_slice()].concat();
-            let exchange = ["udp", &to, "--count", "20000", "--interval-ms", "5", "--until", &end];
-            tokio::try_join!(ask::<Stream>(lab, &place, &stream), ask::<Udp>(lab, &place, &exchange))
+            let exchange = ["udp", &to, "--count", "86000", "--interval-ms", "5", "--until", &end];
+            tokio::try_join!(
+                ask_for::<Stream>(lab, &place, &stream, LIMIT),
+                ask_for::<Udp>(lab, &place, &exchange, LIMIT)
+            )
         }
     };
     let kill = async {
         for round in 0..KILLS {
+            let begun = Instant::now();
             killed_once(lab, &own).await.with_context(|| format!("round {round}"))?;
+            eprintln!("round {round} took {:.1} s", begun.elapsed().as_secs_f32());
         }
         Ok::<_, anyhow::Error>(())
     };
