@@ -292,8 +292,11 @@ impl Core {
             return;
         };
         let ledger = &self.ledger;
-        self.demands
-            .retain(|_, demand| demand.waiters > 0 || demand.stage != Stage::Idle || demand.is_cooling(now));
+        // Whose outcome is still to come stays, too: it must not be taken for that of a later demand.
+        self.demands.retain(|_, demand| {
+            let busy = demand.activity.next().is_none();
+            busy || demand.waiters > 0 || demand.stage != Stage::Idle || demand.is_cooling(now)
+        });
         for (pool, demand) in &mut self.demands {
             let effect = match &demand.stage {
                 Stage::Idle => {
