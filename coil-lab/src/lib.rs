@@ -9,6 +9,7 @@ pub mod cni;
 pub mod controllers;
 pub mod down;
 pub mod drive;
+pub mod footprint;
 mod kubelet;
 pub mod netns;
 pub mod options;

@@ -70,7 +70,7 @@ impl Test {
     pub fn run(&self) -> Result<ExitCode> {
         if !self.unprivileged {
             host::need_root("cargo xtask test")?;
-            host::ensure(host::LAB)?;
+            host::ensure(&[host::LAB, host::TEST].concat())?;
             Build::default().run()?;
         }
         let mut total = Tally::default();
