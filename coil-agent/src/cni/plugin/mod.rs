@@ -70,11 +70,12 @@ impl From<tonic::Status> for PluginError {
                 details: error.details,
             };
         }
-        // Nobody listens, or the answer did not come in time: another attempt may find better luck.
+        // Nobody listens, or the answer did not come in time: another attempt may find better luck. What coild
+        // answers has no source; what has one is a connection that broke, as when coild is killed.
         let retry = matches!(
             status.code(),
             tonic::Code::Unavailable | tonic::Code::DeadlineExceeded | tonic::Code::Cancelled
-        );
+        ) || std::error::Error::source(&status).is_some();
         let code = if retry { ErrorCode::TryAgainLater } else { ErrorCode::Internal };
         Self::new(code, "failed to call coild", causes(&status))
     }

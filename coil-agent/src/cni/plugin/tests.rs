@@ -104,6 +104,43 @@ fn errors_are_told_in_the_version_of_the_configuration() {
     assert_eq!(text["code"], 11);
 }
 
+/// Frames of HTTP/2: the server's settings, and the beginning of an answer to the first request.
+const SETTINGS: &[u8] = &[0, 0, 0, 4, 0, 0, 0, 0, 0];
+const ANSWER: &[u8] = b"\x00\x00\x14\x01\x04\x00\x00\x00\x01\x88\x0f\x10\x10application/grpc";
+
+/// The call fails wherever `coild` dies, and its runtime is told to try again.
+#[test]
+fn a_coild_that_is_killed_during_a_call_is_worth_another_attempt() {
+    let socket = std::env::temp_dir().join(format!("coild-killed-{}.sock", std::process::id()));
+    let listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+    let config = config("1.0.0", json!({ "socket": socket }));
+    // What it says, and how much it reads before it dies.
+    let deaths: [(&[&[u8]], usize); 5] =
+        [(&[], 0), (&[], 30), (&[SETTINGS], 30), (&[SETTINGS], 200), (&[SETTINGS, ANSWER], 200)];
+    for (says, reads) in deaths {
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let (mut connection, _) = listener.accept().unwrap();
+                let (before, after) = says.split_at(says.len().min(1));
+                before.iter().for_each(|frame| connection.write_all(frame).unwrap());
+                let mut heard = vec![0; reads];
+                connection.read_exact(&mut heard).unwrap();
+                after.iter().for_each(|frame| connection.write_all(frame).unwrap());
+            });
+            let failure = failure(&environment("ADD"), &config);
+            assert_eq!(failure.code, 11, "after {says:?} and {reads} bytes: {failure:?}");
+        });
+    }
+    std::fs::remove_file(&socket).unwrap();
+}
+
+/// That `coild` itself says something is unknown is another matter.
+#[test]
+fn what_coild_answers_without_a_detail_is_an_internal_error() {
+    assert_eq!(PluginError::from(tonic::Status::unknown("no")).code, 999);
+    assert_eq!(PluginError::from(tonic::Status::unavailable("no")).code, 11);
+}
+
 #[test]
 fn a98_arguments_for_coild() {
     let input = config("0.4.0", json!({"prevResult": previous()}));
