@@ -2,7 +2,7 @@
 //! `coild` exports.
 //!
 //! As with the scenarios of `cluster`, one lab serves all, and `cargo xtask test` runs them. Names carry the numbers
-//! of `docs/design/scenarios.md`.
+//! of `docs/scenarios.md`.
 
 #[path = "../cluster/support.rs"]
 #[allow(dead_code, reason = "the other lab's scenarios need more")]
