@@ -10,7 +10,6 @@
 //! The walk also counts what each client has, and puts the counts right that the datapath keeps.
 
 use std::collections::HashMap;
-use std::collections::hash_map::Entry;
 use std::hash::{BuildHasherDefault, Hasher};
 use std::marker::PhantomData;
 
@@ -153,12 +152,15 @@ impl<F: NatFamily, S: NatStore<F>, U: Usage> Collector<F, S, U> {
             let half = if self.pass == Pass::Join { Half::Reverse } else { Half::Forward };
             let slice = self.store.slice(half, &mut self.cursor, (budget - seen).min(BATCH))?;
             seen += slice.len().max(1);
-            for (key, value) in slice {
-                match self.pass {
-                    Pass::Note => self.note(&key, &value),
-                    Pass::Join => self.join(now, &key, &value)?,
-                    Pass::Rest => self.rest(now, &key, &value)?,
+            match self.pass {
+                Pass::Note => self.note(&slice),
+                Pass::Join => {
+                    let others = self.meet(&slice);
+                    for ((key, value), other) in slice.iter().zip(others) {
+                        self.join(now, key, value, other)?;
+                    }
                 }
+                Pass::Rest => slice.iter().try_for_each(|(key, value)| self.rest(now, key, value))?,
             }
             if self.cursor.is_start() {
                 self.pass = match self.pass {
@@ -188,23 +190,37 @@ impl<F: NatFamily, S: NatStore<F>, U: Usage> Collector<F, S, U> {
         self.totals.overdue = std::mem::take(&mut self.overdue);
     }
 
-    fn note(&mut self, key: &F::Key, value: &F::Value) {
-        let facts = F::facts(value);
-        let note = Note { last_seen: facts.last_seen, state: facts.state, met: false };
-        self.notes.insert(identity(key, &F::reverse_key(key, value)), note);
+    /// Notes forward halves. Hashes first, for the same reason as in [`Self::meet`].
+    fn note(&mut self, slice: &[(F::Key, F::Value)]) {
+        let identities: Vec<u64> =
+            slice.iter().map(|(key, value)| identity(key, &F::reverse_key(key, value))).collect();
+        for (identity, (_, value)) in identities.into_iter().zip(slice) {
+            let facts = F::facts(value);
+            let note = Note { last_seen: facts.last_seen, state: facts.state, met: false };
+            self.notes.insert(identity, note);
+        }
     }
 
-    fn join(&mut self, now: u32, key: &F::Key, value: &F::Value) -> Result<(), S::Error> {
-        let forward_key = F::forward_key(key, value);
-        let cells = F::cells(self.rules.seed, &forward_key);
+    /// What is noted of the other halves of reverse halves; of none: nothing seen.
+    ///
+    /// Notes of a million translations are in no cache. In a loop that does nothing else the processor waits for
+    /// several at once, which makes a walk a third shorter.
+    fn meet(&mut self, slice: &[(F::Key, F::Value)]) -> Vec<Facts> {
+        let identities: Vec<u64> =
+            slice.iter().map(|(key, value)| identity(&F::forward_key(key, value), key)).collect();
+        let other = |identity| {
+            self.notes.get_mut(&identity).map_or(Facts::default(), |note| {
+                note.met = true;
+                Facts { last_seen: note.last_seen, state: note.state, ..Facts::default() }
+            })
+        };
+        identities.into_iter().map(other).collect()
+    }
+
+    fn join(&mut self, now: u32, key: &F::Key, value: &F::Value, other: Facts) -> Result<(), S::Error> {
+        let cells = F::cells(self.rules.seed, &F::forward_key(key, value));
         let facts = F::facts(value);
         self.recount.see(facts.created, &cells);
-        let mut other = Facts::default();
-        if let Entry::Occupied(mut entry) = self.notes.entry(identity(&forward_key, key)) {
-            let note = entry.get_mut();
-            note.met = true;
-            (other.last_seen, other.state) = (note.last_seen, note.state);
-        }
         if self.late(now, key, facts, other).is_none() {
             self.live += 1;
             return Ok(());
