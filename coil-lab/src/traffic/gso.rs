@@ -26,6 +26,9 @@ pub(super) struct GsoArgs {
     /// Bytes in a datagram
     #[arg(long, default_value_t = 1200)]
     size: u16,
+    /// Port to send from; 0: any that is free
+    #[arg(long, default_value_t = 0)]
+    source_port: u16,
 }
 
 /// What one system call has received: datagrams of the same size but for the last.
@@ -50,10 +53,11 @@ pub(super) async fn echo(socket: UdpSocket) -> io::Result<()> {
 
 /// Sends, waits until all is back, and sends again, so that no buffer is ever too small.
 pub(super) async fn client(server: SocketAddr, args: GsoArgs) -> anyhow::Result<Gso> {
-    let GsoArgs { sends, datagrams, size } = args;
+    let GsoArgs { sends, datagrams, size, source_port } = args;
     ensure!(size >= 16 && datagrams > 0, "at least one datagram of 16 bytes");
-    let any: SocketAddr = if server.is_ipv4() { ([0, 0, 0, 0], 0).into() } else { ([0u16; 8], 0).into() };
-    let socket = UdpSocket::bind(any).await?;
+    let any: SocketAddr =
+        if server.is_ipv4() { ([0; 4], source_port).into() } else { ([0_u16; 8], source_port).into() };
+    let socket = UdpSocket::bind(any).await.with_context(|| format!("sending from port {source_port}"))?;
     socket.connect(server).await?;
     setsockopt(&socket, sockopt::UdpGroSegment, &true).context("UDP_GRO")?;
     let mut report = Gso { port: socket.local_addr()?.port(), ..Gso::default() };
@@ -147,7 +151,9 @@ mod tests {
             let server = UdpSocket::bind(local).await.unwrap();
             let address = server.local_addr().unwrap();
             let echo = tokio::spawn(echo(server));
-            let report = client(address, GsoArgs { sends: 3, datagrams: 10, size: 1000 }).await.unwrap();
+            let report = client(address, GsoArgs { sends: 3, datagrams: 10, size: 1000, source_port: 0 })
+                .await
+                .unwrap();
             echo.abort();
             assert!(report.ok, "{report:?}");
             assert_eq!((report.sent, report.received, report.bytes), (30, 30, 3 * (9 * 1000 + 501)));
