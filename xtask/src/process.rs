@@ -43,20 +43,27 @@ pub fn output(command: &mut Command) -> Result<String> {
 
 /// Runs to the end, passes standard output on and shows each line of it to `each`; true if the exit
 /// was successful.
-pub fn tee(command: &mut Command, mut each: impl FnMut(&str)) -> Result<bool> {
+pub fn tee(command: &mut Command, each: impl FnMut(&str)) -> Result<bool> {
+    tee_marked("", command, each)
+}
+
+/// As [`tee`], with a mark before each line that is passed on, for one of several that run beside each other.
+pub fn tee_marked(mark: &str, command: &mut Command, mut each: impl FnMut(&str)) -> Result<bool> {
     let mut child = command
         .stdout(Stdio::piped())
         .spawn()
         .with_context(|| format!("cannot start: {}", shown(command)))?;
     let stdout = child.stdout.take().context("child without standard output")?;
-    let mut ours = std::io::stdout().lock();
     for line in BufReader::new(stdout).split(b'\n') {
         let line = line.with_context(|| format!("reading the output of {}", shown(command)))?;
+        let mut ours = std::io::stdout().lock();
+        ours.write_all(mark.as_bytes())?;
         ours.write_all(&line)?;
         ours.write_all(b"\n")?;
+        ours.flush()?;
+        drop(ours);
         each(&String::from_utf8_lossy(&line));
     }
-    ours.flush()?;
     let status = child.wait().with_context(|| format!("waiting for {}", shown(command)))?;
     Ok(status.success())
 }

@@ -8,15 +8,18 @@ mod exceptions;
 mod kernels;
 mod report;
 
+use std::num::NonZeroUsize;
+use std::panic::resume_unwind;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
 use crate::ebpf::{BuildEbpf, cargo};
-use crate::process::{output, say, tee};
+use crate::process::{output, say, tee, tee_marked};
 use crate::test::Tally;
 use crate::{host, root, target_dir};
 
@@ -45,6 +48,9 @@ pub struct VmTest {
     /// Seconds after which a virtual machine is ended
     #[arg(long, env = "COIL_VM_TIMEOUT", default_value_t = TIMEOUT)]
     timeout: u32,
+    /// Virtual machines that run at the same time, each on one processor; default: one for each that there is
+    #[arg(short, long, env = "COIL_VM_JOBS")]
+    jobs: Option<NonZeroUsize>,
     /// Show the consoles of the virtual machines
     #[arg(long)]
     console: bool,
@@ -93,11 +99,11 @@ impl VmTest {
         } else {
             self.kernels.clone()
         };
-        let mut reports = Vec::new();
-        for name in &wanted {
-            let kernel = Kernel::get(name).with_context(|| format!("getting kernel {name}"))?;
-            reports.push(self.on(&kernel, &programs)?);
-        }
+        let kernels = wanted
+            .iter()
+            .map(|name| Kernel::get(name).with_context(|| format!("getting kernel {name}")))
+            .collect::<Result<Vec<_>>>()?;
+        let reports = self.on_each(&kernels, &programs)?;
         eprintln!("{}", report::table(&reports));
         for report in &reports {
             for (test, reason) in &report.left_out {
@@ -126,8 +132,34 @@ impl VmTest {
         Ok(programs)
     }
 
-    /// Boots a kernel and runs the programs in it.
-    fn on(&self, kernel: &Kernel, programs: &[(&'static str, PathBuf)]) -> Result<Report> {
+    /// Runs the programs on each kernel, on several at once.
+    fn on_each(&self, kernels: &[Kernel], programs: &[(&'static str, PathBuf)]) -> Result<Vec<Report>> {
+        let jobs = self.jobs.or_else(|| std::thread::available_parallelism().ok());
+        let jobs = jobs.map_or(1, NonZeroUsize::get).min(kernels.len());
+        let next = AtomicUsize::new(0);
+        let work = || {
+            let mut reports = Vec::new();
+            while let index = next.fetch_add(1, Ordering::Relaxed)
+                && let Some(kernel) = kernels.get(index)
+            {
+                let mark = if jobs > 1 { format!("{}: ", kernel.release) } else { String::new() };
+                reports.push((index, self.on(kernel, programs, &mark)));
+            }
+            reports
+        };
+        let mut reports: Vec<(usize, Result<Report>)> = std::thread::scope(|scope| {
+            let workers: Vec<_> = (0..jobs).map(|_| scope.spawn(work)).collect();
+            workers
+                .into_iter()
+                .flat_map(|worker| worker.join().unwrap_or_else(|cause| resume_unwind(cause)))
+                .collect()
+        });
+        reports.sort_by_key(|(index, _)| *index);
+        reports.into_iter().map(|(_, report)| report).collect()
+    }
+
+    /// Boots a kernel and runs the programs in it; the mark stands before each line of what they print.
+    fn on(&self, kernel: &Kernel, programs: &[(&'static str, PathBuf)], mark: &str) -> Result<Report> {
         say(format!("{}: booting, then running {}", kernel.release, names(programs)));
         let start = Instant::now();
         let mut report = Report::new(&kernel.release);
@@ -157,7 +189,7 @@ impl VmTest {
             command.arg("-v");
         }
         command.arg(&kernel.folder).args(["--", "bash", "-c", &script]);
-        let succeeded = tee(&mut command, |line| report.line(line))?;
+        let succeeded = tee_marked(mark, &mut command, |line| report.line(line))?;
         report.seconds = start.elapsed().as_secs();
         if !succeeded && report.tally().failed == 0 {
             report.outcomes.push(("the virtual machine".into(), Outcome::Failed));
@@ -191,9 +223,10 @@ pub fn one_kernel() -> Result<OneKernel> {
         only: None,
         essential: true,
         timeout: TIMEOUT,
+        jobs: None,
         console: false,
     };
-    let report = verb.on(&kernel, &verb.programs()?)?;
+    let report = verb.on(&kernel, &verb.programs()?, "")?;
     eprintln!("{}", report::table(std::slice::from_ref(&report)));
     Ok(OneKernel::Ran(report))
 }
