@@ -30,7 +30,7 @@ use crate::desired::DesiredState;
 use crate::desired::build::Picture;
 use crate::desired::prefer::Place;
 use crate::index::Change;
-use crate::ipam::{self, IpamService, KubeApi};
+use crate::ipam::{self, IpamService, KubeApi, NodeAddresses};
 use crate::local::{adopt_pods, watch_links};
 use crate::metrics::{GrpcMetrics, StateMetrics, WatchMetrics};
 use crate::netlink::RtNetlink;
@@ -273,31 +273,17 @@ async fn open_datapath(client: &Client, node: &str, args: DatapathArgs) -> anyho
 /// serve as the source of ICMP errors, so that it is no failure to have none.
 async fn node_addresses(client: &Client, node: &str) -> (Option<Ipv4Addr>, Option<Ipv6Addr>) {
     let api: Api<Node> = Api::all(client.clone());
-    let addresses: Vec<IpAddr> = match tokio::time::timeout(NODE_TIMEOUT, api.get(node)).await {
-        Ok(Ok(object)) => object
-            .status
-            .into_iter()
-            .flat_map(|status| status.addresses.unwrap_or_default())
-            .filter(|address| address.type_ == "InternalIP")
-            .filter_map(|address| address.address.parse().ok())
-            .collect(),
+    let NodeAddresses { ipv4, ipv6 } = match tokio::time::timeout(NODE_TIMEOUT, api.get(node)).await {
+        Ok(Ok(object)) => NodeAddresses::of(&object),
         Ok(Err(error)) => {
             tracing::warn!(error = causes(&error), "cannot read our own Node");
-            Vec::new()
+            NodeAddresses::default()
         }
         Err(_) => {
             tracing::warn!("no answer about our own Node from the API server");
-            Vec::new()
+            NodeAddresses::default()
         }
     };
-    let ipv4 = addresses.iter().find_map(|address| match address {
-        IpAddr::V4(address) => Some(*address),
-        IpAddr::V6(_) => None,
-    });
-    let ipv6 = addresses.iter().find_map(|address| match address {
-        IpAddr::V4(_) => None,
-        IpAddr::V6(address) => Some(*address),
-    });
     if ipv4.is_some() || ipv6.is_some() {
         return (ipv4, ipv6);
     }

@@ -4,6 +4,7 @@
 //! them too; a client node keeps a flow a little longer than its gateway, so that a flow that the
 //! gateway still knows never changes its gateway.
 
+use bytemuck::{Pod, Zeroable};
 use coil_common::config::{Config, TIMEOUTS};
 use coil_common::values::{
     STATE_CONFIRMED, STATE_FIN, STATE_REPLY, STATE_REPLY_FIN, STATE_REPLY_RST, STATE_RST,
@@ -21,8 +22,9 @@ const LONGEST: i64 = 7 * 86_400;
 /// What a client node adds to its gateway's times.
 pub const NODE_EXTRA: u32 = 30;
 
-/// Seconds that flows without packets are kept.
-#[derive(clap::Args, Clone, Copy, Debug, PartialEq, Eq)]
+/// Seconds that flows without packets are kept. The order of fields is that of `Config::timeouts`.
+#[derive(clap::Args, Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+#[repr(C)]
 pub struct Timeouts {
     /// Seconds that an idle TCP connection is kept which has not got beyond its opening packets.
     #[arg(id = "timeout_tcp_opening", long = "timeout-tcp-opening", env = "COIL_TIMEOUT_TCP_OPENING",
@@ -94,73 +96,17 @@ impl Default for Timeouts {
     }
 }
 
-impl From<[u32; TIMEOUTS]> for Timeouts {
-    fn from(seconds: [u32; TIMEOUTS]) -> Self {
-        let [
-            tcp_opening,
-            tcp_opening_pressed,
-            tcp_established,
-            tcp_closing,
-            tcp_closed,
-            tcp_reset,
-            udp,
-            udp_stream,
-            udp_dns,
-            icmp,
-            other,
-        ] = seconds;
-        Self {
-            tcp_opening,
-            tcp_opening_pressed,
-            tcp_established,
-            tcp_closing,
-            tcp_closed,
-            tcp_reset,
-            udp,
-            udp_stream,
-            udp_dns,
-            icmp,
-            other,
-        }
-    }
-}
-
 impl Timeouts {
-    /// In the order of the configuration of programs.
+    /// In the order of the configuration of programs, which is that of the fields.
     #[must_use]
     pub fn seconds(&self) -> [u32; TIMEOUTS] {
-        let Self {
-            tcp_opening,
-            tcp_opening_pressed,
-            tcp_established,
-            tcp_closing,
-            tcp_closed,
-            tcp_reset,
-            udp,
-            udp_stream,
-            udp_dns,
-            icmp,
-            other,
-        } = *self;
-        [
-            tcp_opening,
-            tcp_opening_pressed,
-            tcp_established,
-            tcp_closing,
-            tcp_closed,
-            tcp_reset,
-            udp,
-            udp_stream,
-            udp_dns,
-            icmp,
-            other,
-        ]
+        bytemuck::cast(*self)
     }
 
     /// Those that programs were configured with.
     #[must_use]
     pub fn configured(config: &Config) -> Self {
-        config.timeouts.into()
+        bytemuck::cast(config.timeouts)
     }
 
     /// Seconds that a flow without packets is kept. `state` are the `STATE_*` bits of both directions
@@ -226,7 +172,7 @@ mod tests {
         seconds.iter_mut().zip(1..).for_each(|(second, number)| *second = number);
         let config = Config { timeouts: seconds, ..Config::default() };
         assert_eq!(Timeouts::configured(&config).seconds(), seconds);
-        let Timeouts { tcp_opening, tcp_established, other, .. } = seconds.into();
+        let Timeouts { tcp_opening, tcp_established, other, .. } = bytemuck::cast(seconds);
         assert_eq!((tcp_opening, tcp_established, other), (1, 3, 11));
     }
 

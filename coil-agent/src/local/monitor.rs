@@ -4,12 +4,11 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures::StreamExt;
 use rtnetlink::MulticastGroup;
 use tokio::sync::watch;
 
 use crate::cni::error::causes;
-use crate::netlink::{Link, Netlink, NetlinkError};
+use crate::netlink::{Changes, Link, Netlink, NetlinkError};
 use crate::state::{Closed, Input, Snapshot, StateHandle};
 use crate::wiring::ALIAS_PREFIX;
 
@@ -37,11 +36,8 @@ pub async fn watch_links<N: Netlink>(
     state: StateHandle,
     snapshots: watch::Receiver<Snapshot>,
 ) -> Result<(), MonitorError> {
-    let (connection, _handle, mut changes) =
-        rtnetlink::new_multicast_connection(&[MulticastGroup::Link]).map_err(MonitorError::Subscribe)?;
-    // Dropped, and thereby stopped, with this function.
-    let mut connection = std::pin::pin!(connection);
-    let mut connected = true;
+    let mut changes =
+        Changes::subscribe("interfaces", &[MulticastGroup::Link]).map_err(MonitorError::Subscribe)?;
     loop {
         match list(&*netlink, &state, &snapshots).await {
             Ok(()) => {}
@@ -50,29 +46,7 @@ pub async fn watch_links<N: Netlink>(
                 tracing::warn!(error = causes(&error), "cannot list interfaces");
             }
         }
-        let deadline = tokio::time::sleep(PERIOD);
-        tokio::pin!(deadline);
-        tokio::select! {
-            () = &mut connection, if connected => {
-                tracing::warn!("the kernel no longer tells of changes of interfaces");
-                connected = false;
-            }
-            change = changes.next(), if connected => {
-                if change.is_none() {
-                    connected = false;
-                }
-                let settled = tokio::time::sleep(SETTLE);
-                tokio::pin!(settled);
-                loop {
-                    tokio::select! {
-                        () = &mut settled => break,
-                        () = &mut connection, if connected => connected = false,
-                        change = changes.next(), if connected => connected = change.is_some(),
-                    }
-                }
-            }
-            () = &mut deadline => {}
-        }
+        changes.next(SETTLE, PERIOD).await;
     }
 }
 

@@ -2,6 +2,7 @@
 //!
 //! Owns how a pod's host-side interface is found. Does not decide which pod is whose.
 
+mod changes;
 pub mod fake;
 mod rt;
 
@@ -10,6 +11,7 @@ use std::io;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 
+pub use changes::Changes;
 pub use rt::RtNetlink;
 
 /// A network interface.

@@ -5,7 +5,6 @@ use std::collections::BTreeSet;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use futures::StreamExt;
 use rtnetlink::MulticastGroup;
 
 use super::messages::{self, FoundRoute, Interface, OUTSIDE};
@@ -14,6 +13,7 @@ use super::socket::Socket;
 use super::veth::{by_index, write_sysctl};
 use super::{Inner, Wiring, WiringError, links, open};
 use crate::cni::error::causes;
+use crate::netlink::Changes;
 
 /// The node is looked at again after this time, in case that a message of the kernel was lost.
 const PERIOD: Duration = Duration::from_secs(60);
@@ -63,33 +63,11 @@ impl Wiring {
     /// Keeps the node prepared until the future is dropped.
     pub async fn keep_host(&self, mut told: Told) -> Result<std::convert::Infallible, WiringError> {
         let groups = [MulticastGroup::Ipv4Rule, MulticastGroup::Ipv6Rule, MulticastGroup::Link];
-        let (connection, _handle, mut changes) = rtnetlink::new_multicast_connection(&groups)
+        let mut changes = Changes::subscribe("rules and interfaces", &groups)
             .map_err(WiringError::kernel("subscribe to changes of rules"))?;
-        let mut connection = std::pin::pin!(connection);
-        let mut connected = true;
         loop {
             self.prepare_host(&mut told).await;
-            let deadline = tokio::time::sleep(PERIOD);
-            tokio::pin!(deadline);
-            tokio::select! {
-                () = &mut connection, if connected => {
-                    tracing::warn!("the kernel no longer tells of changes of rules");
-                    connected = false;
-                }
-                change = changes.next(), if connected => {
-                    connected = change.is_some();
-                    let settled = tokio::time::sleep(SETTLE);
-                    tokio::pin!(settled);
-                    loop {
-                        tokio::select! {
-                            () = &mut settled => break,
-                            () = &mut connection, if connected => connected = false,
-                            change = changes.next(), if connected => connected = change.is_some(),
-                        }
-                    }
-                }
-                () = &mut deadline => {}
-            }
+            changes.next(SETTLE, PERIOD).await;
         }
     }
 }
