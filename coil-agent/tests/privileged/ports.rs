@@ -17,6 +17,7 @@ use coil_common::names::{
 use coil_common::stats::DropReason;
 use coil_common::usage::gateway_total;
 use coil_common::values::{NatValue4, STATE_CONFIRMED, STATE_REPLY, STATE_SYN};
+use coil_ebpf::decide::open::VAIN;
 use coil_ebpf::testing::Action;
 use coil_ebpf::testing::build::{Ip, ethernet, tunnel};
 use coil_ebpf::testing::scenario::IFINDEX;
@@ -157,13 +158,20 @@ fn a_flood_takes_nothing_from_others() {
     assert_eq!(gateway.send(victim, 2000..3000), 1000);
 
     // Three more, until there are no ports towards the destination.
+    let start = Instant::now();
     let admitted: u64 = (3..6).map(|number| gateway.send(number, 1024..20_000)).sum();
     let drops = gateway.drops();
     println!("three more: {admitted} admitted, {drops:?}");
     let free = 10_000 - 4000 - 1100;
     assert!(admitted <= free && admitted > free * 3 / 4, "{admitted} of {free}");
-    // Nearly all are refused without a search; the slower the machine, the more often the note of it has run out.
-    assert!(drops["ports_exhausted"] > 0 && drops["destination_full"] > drops["ports_exhausted"] * 10);
+    // Nearly all are refused without a search. The note of that holds for a second at least, after which as many
+    // searches as it takes are made again: a slow machine, and it alone, sees more of them.
+    let searches = drops["ports_exhausted"];
+    let again = VAIN * (start.elapsed().as_secs() + 1);
+    assert!(
+        searches > 0 && drops["destination_full"] > searches.saturating_sub(again) * 100,
+        "{drops:?}, {again}"
+    );
     // Nobody's translation went.
     assert_eq!(gateway.send(victim, (1000..1100).chain(2000..3000)), 1100);
     // Another destination is not full.

@@ -35,7 +35,7 @@ const REUSE_PROBES: u32 = PROBES / 2;
 /// Seconds for which a destination without a free port is left alone; the current one counts.
 const FULL: u32 = 2;
 /// Searches in vain, one after the other, after which it is.
-const VAIN: u64 = 8;
+pub const VAIN: u64 = 8;
 /// Seconds of silence after which a closed connection may be replaced by the same client.
 const QUIET: u32 = 2;
 
