@@ -9,6 +9,8 @@
 mod support;
 
 mod addresses;
+mod by_hand;
+mod killed;
 
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -22,7 +24,8 @@ use support::Scenario;
 
 fn main() -> ExitCode {
     let arguments = Arguments::from_args();
-    let scenarios = addresses::scenarios();
+    let scenarios: Vec<Scenario> =
+        [killed::scenarios(), addresses::scenarios()].into_iter().flatten().collect();
     let wanted = arguments.ignored || arguments.include_ignored;
     if !wanted || arguments.list {
         let trials = scenarios.iter().map(|scenario| {
