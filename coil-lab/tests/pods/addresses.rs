@@ -24,11 +24,11 @@ scenarios! {
     blocks_of_a_deleted_node_go,
 }
 
-const NODES: [&str; 3] = ["worker1", "worker2", "worker3"];
-const NAMESPACE: &str = "talk";
+pub(crate) const NODES: [&str; 3] = ["worker1", "worker2", "worker3"];
+pub(crate) const NAMESPACE: &str = "talk";
 
 /// A pod on a node that serves HTTP on its own addresses.
-fn server(namespace: &str, name: &str, node: &str) -> String {
+pub(crate) fn server(namespace: &str, name: &str, node: &str) -> String {
     let run = "exec lab-server $(echo $ADDRESSES | sed 's/[^,]*/--address &/g; s/,/ /g')";
     format!(
         "---\napiVersion: v1\nkind: Namespace\nmetadata: {{name: {namespace}}}\n\
@@ -41,7 +41,7 @@ fn server(namespace: &str, name: &str, node: &str) -> String {
 }
 
 /// Blocks of a node: those of the API.
-async fn blocks(lab: &Lab, node: &str) -> Result<BTreeSet<String>> {
+pub(crate) async fn blocks(lab: &Lab, node: &str) -> Result<BTreeSet<String>> {
     let selector = format!("coil.cybozu.com/node={node}");
     let list = get(lab, &["addressblocks", "--selector", &selector]).await?;
     let items = list["items"].as_array().context("no list of blocks")?;
@@ -50,7 +50,7 @@ async fn blocks(lab: &Lab, node: &str) -> Result<BTreeSet<String>> {
 }
 
 /// What a node exports.
-async fn exported(lab: &Lab, node: &str) -> Result<BTreeSet<String>> {
+pub(crate) async fn exported(lab: &Lab, node: &str) -> Result<BTreeSet<String>> {
     let place = Target::Node(node.to_owned());
     let mut nets = BTreeSet::new();
     for family in ["-4", "-6"] {
@@ -67,7 +67,7 @@ async fn exported(lab: &Lab, node: &str) -> Result<BTreeSet<String>> {
 }
 
 /// Servers on all nodes.
-async fn servers(lab: &Lab) -> Result<()> {
+pub(crate) async fn servers(lab: &Lab) -> Result<()> {
     let manifest: String = NODES.iter().map(|node| server(NAMESPACE, &format!("on-{node}"), node)).collect();
     apply(lab, &manifest).await?;
     for node in NODES {
@@ -76,12 +76,12 @@ async fn servers(lab: &Lab) -> Result<()> {
     Ok(())
 }
 
-async fn of(lab: &Lab, name: &str) -> Result<Addresses> {
+pub(crate) async fn of(lab: &Lab, name: &str) -> Result<Addresses> {
     Addresses::of(lab, &["--namespace", NAMESPACE, "pod", name]).await
 }
 
 /// Each pod reaches each other one in both families, and is seen with its own address.
-async fn all_talk(lab: &Lab) -> Result<()> {
+pub(crate) async fn all_talk(lab: &Lab) -> Result<()> {
     for from in NODES {
         let name = format!("on-{from}");
         let own = of(lab, &name).await?;

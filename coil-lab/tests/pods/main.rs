@@ -9,6 +9,7 @@
 mod support;
 
 mod addresses;
+mod adoption;
 mod by_hand;
 mod killed;
 
@@ -25,7 +26,7 @@ use support::Scenario;
 fn main() -> ExitCode {
     let arguments = Arguments::from_args();
     let scenarios: Vec<Scenario> =
-        [killed::scenarios(), addresses::scenarios()].into_iter().flatten().collect();
+        [adoption::scenarios(), killed::scenarios(), addresses::scenarios()].into_iter().flatten().collect();
     let wanted = arguments.ignored || arguments.include_ignored;
     if !wanted || arguments.list {
         let trials = scenarios.iter().map(|scenario| {
