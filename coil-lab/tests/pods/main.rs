@@ -11,6 +11,7 @@ mod support;
 mod addresses;
 mod adoption;
 mod by_hand;
+mod flat;
 mod killed;
 
 use std::process::ExitCode;
@@ -26,7 +27,10 @@ use support::Scenario;
 fn main() -> ExitCode {
     let arguments = Arguments::from_args();
     let scenarios: Vec<Scenario> =
-        [adoption::scenarios(), killed::scenarios(), addresses::scenarios()].into_iter().flatten().collect();
+        [flat::scenarios(), adoption::scenarios(), killed::scenarios(), addresses::scenarios()]
+            .into_iter()
+            .flatten()
+            .collect();
     let wanted = arguments.ignored || arguments.include_ignored;
     if !wanted || arguments.list {
         let trials = scenarios.iter().map(|scenario| {
