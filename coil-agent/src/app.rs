@@ -31,7 +31,7 @@ use crate::desired::build::Picture;
 use crate::desired::prefer::Place;
 use crate::index::Change;
 use crate::ipam::{self, IpamService, KubeApi, NodeAddresses};
-use crate::local::{adopt_pods, watch_links};
+use crate::local::{adopt_pods, watch_filters, watch_links};
 use crate::metrics::{GrpcMetrics, StateMetrics, WatchMetrics};
 use crate::netlink::RtNetlink;
 use crate::state::{Input, State};
@@ -89,7 +89,7 @@ pub async fn run(args: CoildArgs) -> anyhow::Result<()> {
         no_egress: !features.enable_egress,
         ..Picture::default()
     });
-    let mut datapath = open_datapath(&client, &node, datapath_args).await?;
+    let mut datapath = open_datapath(&client, &node, datapath_args, features.enable_ipam).await?;
     handle.send(Input::Remembered(datapath.destinations().context("cannot read the datapath")?)).await?;
     registry.register(datapath.collector()?)?;
     if !features.enable_egress {
@@ -98,6 +98,7 @@ pub async fn run(args: CoildArgs) -> anyhow::Result<()> {
         handle.send(Input::Slices(Change::Reset { objects: Vec::new(), unreadable: Vec::new() })).await?;
     }
     let (writer, applied) = Writer::new(datapath, snapshots.clone(), state_metrics);
+    let alarm = writer.alarm();
     let listener = server::bind(&socket)?;
     tracing::info!(socket = %socket.display(), "listening for the CNI plugin");
     drop(socket_bound);
@@ -126,6 +127,7 @@ pub async fn run(args: CoildArgs) -> anyhow::Result<()> {
             watch_links(netlink, handle, snapshots).await
         })
     });
+    tasks.spawn("filter monitor", |drain| until(drain, watch_filters(snapshots.clone(), alarm)));
     tasks.spawn("pod adoption", |drain| {
         until(drain, adopt_pods(Arc::clone(&netlink), handle.clone(), snapshots.clone()))
     });
@@ -235,8 +237,14 @@ async fn until<E>(drain: Drain, task: impl Future<Output = Result<(), E>> + Send
     drain.run_until_cancelled_owned(task).await.unwrap_or(Ok(()))
 }
 
-async fn open_datapath(client: &Client, node: &str, args: DatapathArgs) -> anyhow::Result<NodeDatapath> {
+async fn open_datapath(
+    client: &Client,
+    node: &str,
+    args: DatapathArgs,
+    own_interfaces: bool,
+) -> anyhow::Result<NodeDatapath> {
     let DatapathArgs {
+        attach,
         egress_port,
         tunnel,
         same_node_bypass,
@@ -264,7 +272,7 @@ async fn open_datapath(client: &Client, node: &str, args: DatapathArgs) -> anyho
         same_node_bypass,
         timeouts,
     };
-    tokio::task::spawn_blocking(move || NodeDatapath::open(options))
+    tokio::task::spawn_blocking(move || NodeDatapath::open_with(options, attach.mode(own_interfaces)))
         .await?
         .context("cannot open the datapath")
 }

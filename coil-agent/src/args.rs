@@ -9,7 +9,7 @@ use coil_runtime::duration::GoDuration;
 use coil_runtime::telemetry::LogArgs;
 
 use crate::datapath::timeouts::Timeouts;
-use crate::datapath::{IcmpLimit, TunnelKind};
+use crate::datapath::{AttachChoice, IcmpLimit, TunnelKind};
 
 /// The node agent of Coil: keeps the datapath of this node as Pods and Egresses ask for.
 ///
@@ -123,6 +123,9 @@ pub struct DatapathArgs {
     #[arg(long, env = "COIL_SAME_NODE_BYPASS", default_value_t = false, action = ArgAction::Set,
           num_args = 0..=1, require_equals = true, default_missing_value = "true")]
     pub same_node_bypass: bool,
+    /// How programs are attached to the interfaces of new pods; others keep what they have.
+    #[arg(long, env = "COIL_ATTACH", value_enum, default_value_t)]
+    pub attach: AttachChoice,
     /// Folder for pinned maps and links, on a BPF file system of the node.
     #[arg(long, env = "COIL_BPFFS_ROOT", default_value = names::PIN_ROOT)]
     pub bpffs_root: PathBuf,
@@ -240,6 +243,7 @@ mod tests {
     #![allow(clippy::unwrap_used, reason = "tests")]
 
     use super::*;
+    use crate::datapath::AttachMode;
 
     fn parse(args: &[&str]) -> CoildArgs {
         let args = ["coild", "--node-name=n"].iter().chain(args);
@@ -296,5 +300,15 @@ mod tests {
         assert_eq!(args.datapath.egress_port, 5555);
         assert_eq!(args.datapath.tunnel, TunnelKind::Fou);
         assert_eq!(parse(&["--tunnel=ipip"]).datapath.tunnel, TunnelKind::Ipip);
+    }
+
+    #[test]
+    fn programs_are_attached_as_suits_whoever_wires_the_pods() {
+        let mode = |args: &[&str], own| parse(args).datapath.attach.mode(own);
+        assert_eq!((mode(&[], true), mode(&[], false)), (Some(AttachMode::Clsact), None));
+        for own in [false, true] {
+            assert_eq!(mode(&["--attach=tcx"], own), Some(AttachMode::Tcx));
+            assert_eq!(mode(&["--attach=clsact"], own), Some(AttachMode::Clsact));
+        }
     }
 }

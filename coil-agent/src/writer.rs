@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use coil_runtime::tasks::Drain;
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 use tokio::time::Instant;
 
 use crate::cni::error::causes;
@@ -66,6 +66,7 @@ pub struct Writer<D> {
     snapshots: watch::Receiver<Snapshot>,
     applied: watch::Sender<Applied>,
     metrics: StateMetrics,
+    alarm: Arc<Notify>,
     pace: Pace,
 }
 
@@ -93,9 +94,15 @@ impl<D: Datapath + 'static> Writer<D> {
             snapshots,
             applied,
             metrics,
+            alarm: Arc::default(),
             pace: Pace::default(),
         };
         (writer, receiver)
+    }
+
+    /// By which others say that somebody may have changed what the datapath holds: it looks at once.
+    pub fn alarm(&self) -> Arc<Notify> {
+        Arc::clone(&self.alarm)
     }
 
     /// Runs until drained. `first` is called when the first desired state holds.
@@ -123,6 +130,7 @@ impl<D: Datapath + 'static> Writer<D> {
                         apply = Some(Instant::now());
                     }
                 }
+                () = self.alarm.notified() => resync = Instant::now(),
                 () = tokio::time::sleep_until(wake) => {}
             }
             let now = Instant::now();

@@ -75,6 +75,9 @@ pub struct Options {
     /// The multi-call binary with `coild`, `coil`, `coil-egress` and `coil-controller`. `None`: a cluster without
     /// Coil, whose pods are wired by the other CNI plugins alone.
     pub programs: Option<PathBuf>,
+    /// The CNI plugin `coil`, if it is another program than that one.
+    #[serde(default)]
+    pub plugin: Option<PathBuf>,
     /// Folder with the custom resource definitions.
     pub crds: PathBuf,
     /// A CNI configuration list to use in place of the lab's own. `@NODE@` in it becomes the node's name.
@@ -114,6 +117,7 @@ impl Options {
             },
             controllers: false,
             programs: Some(beside.unwrap_or_else(|| workspace.join("target/debug/hypercoil"))),
+            plugin: None,
             crds: workspace.join("manifests/crd"),
             conflist: None,
             launcher,

@@ -6,22 +6,19 @@ use std::fs::{self, File};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use ring::digest::{SHA256, digest};
 use serde_json::json;
 
-use crate::ebpf::{BuildEbpf, cargo};
-use crate::process::{run, say};
-use crate::{root, target_dir};
+use crate::process::say;
+use crate::programs::{self, Shipped};
+use crate::root;
 
 /// Folder of the programs in the image; on its `PATH`.
 const PROGRAMS_DIR: &str = "usr/local/coil";
 /// Links to the multi-call binary.
 const LINKS: &[&str] =
     &["coild", "coil-installer", "coil-egress", "coil-router", "coil-controller", "coilctl", "kubectl-coil"];
-/// The plugin must be smaller than this many bytes.
-const MAX_PLUGIN: u64 = 5_000_000;
-const TARGET: &str = "x86_64-unknown-linux-gnu";
 
 /// Builds the container image as an OCI archive.
 #[derive(clap::Args, Debug)]
@@ -37,39 +34,15 @@ pub struct Image {
 impl Image {
     /// Runs the verb.
     pub fn run(&self) -> Result<()> {
-        BuildEbpf::default().run()?;
-        say("building the static programs (release)");
-        // With an explicit target the flag reaches the program and not the build scripts.
-        run(cargo()
-            .args(["build", "--release", "--target", TARGET])
-            .args([
-                "--package",
-                "hypercoil",
-                "--bin",
-                "hypercoil",
-                "--package",
-                "coil-agent",
-                "--bin",
-                "coil",
-            ])
-            .env("CARGO_PROFILE_RELEASE_STRIP", "debuginfo")
-            .env("CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUSTFLAGS", "-Ctarget-feature=+crt-static"))?;
-        let built = target_dir().join(TARGET).join("release");
-        let plugin = built.join("coil");
-        let size = fs::metadata(&plugin).with_context(|| format!("looking at {}", plugin.display()))?.len();
-        ensure!(
-            size < MAX_PLUGIN,
-            "the CNI plugin has grown to {size} bytes; it must stay under {MAX_PLUGIN}"
-        );
-        say(format!("CNI plugin: {size} bytes"));
+        let shipped = programs::build()?;
         let output = self.output.clone().unwrap_or_else(|| root().join("target/coil-image.tar"));
-        write(&built, &self.tag, &output).with_context(|| format!("writing {}", output.display()))?;
+        write(&shipped, &self.tag, &output).with_context(|| format!("writing {}", output.display()))?;
         say(format!("image {}: {} ({} bytes)", self.tag, output.display(), fs::metadata(&output)?.len()));
         Ok(())
     }
 }
 
-fn write(programs: &Path, tag: &str, output: &Path) -> Result<()> {
+fn write(programs: &Shipped, tag: &str, output: &Path) -> Result<()> {
     let layer = layer(programs)?;
     let layer_digest = sha256(&layer);
     let config = serde_json::to_vec(&json!({
@@ -113,11 +86,10 @@ fn write(programs: &Path, tag: &str, output: &Path) -> Result<()> {
 }
 
 /// The one layer: the programs and links to the first.
-fn layer(programs: &Path) -> Result<Vec<u8>> {
+fn layer(programs: &Shipped) -> Result<Vec<u8>> {
     let mut archive = tar::Builder::new(Vec::new());
-    for name in ["hypercoil", "coil"] {
-        let path = programs.join(name);
-        let data = fs::read(&path).with_context(|| format!("reading {}", path.display()))?;
+    for (name, path) in [("hypercoil", &programs.hypercoil), ("coil", &programs.plugin)] {
+        let data = fs::read(path).with_context(|| format!("reading {}", path.display()))?;
         file(&mut archive, &format!("{PROGRAMS_DIR}/{name}"), &data, 0o755)?;
     }
     for link in LINKS {

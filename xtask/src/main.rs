@@ -10,6 +10,7 @@ mod image;
 mod lab;
 mod manifests;
 mod process;
+mod programs;
 mod test;
 mod vm;
 

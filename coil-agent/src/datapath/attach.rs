@@ -1,12 +1,17 @@
 //! Programs on interfaces, so that they stay while no process of ours runs.
 //!
-//! From Linux 6.6 on these are pinned tcx links: adopting one swaps the program atomically. Before,
-//! they are `clsact` filters with a fixed priority and handle, found again by a pin of the program
-//! that bears the same name; adopting one replaces the filter.
+//! There are two ways: pinned tcx links (Linux 6.6), and `clsact` filters with a fixed priority and handle, found
+//! again by a pin of the program that bears the same name. A program is replaced atomically in either. What an
+//! interface has it keeps, whatever the way of new ones is: to go over from one to the other there would have to be
+//! a moment with both programs, or with none.
+//!
+//! A link belongs to whoever made it, a filter can be removed by everybody, and all tcx programs come before all
+//! filters. But to make a link the kernel waits for a grace period of RCU (10 to 20 ms) and keeps everybody else
+//! from changing interfaces meanwhile, twice for a pod; filters take a fraction of a millisecond.
 
 use std::collections::BTreeSet;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use aya::programs::tc::{
@@ -19,9 +24,11 @@ use super::pins::PinError;
 use super::sys::{self, ObjectKind};
 use super::writer::Attachments;
 
-/// Priority and handle of our filters where there is no tcx.
+/// Priority and handle of our filters.
 const PRIORITY: u16 = 0xc01;
 const HANDLE: TcHandle = TcHandle::new(0, 1);
+/// What the name of a pin ends with that is about to take the place of another; a BPF file system has no dots.
+const FRESH: &str = "_new";
 
 /// Why a program cannot be attached or detached.
 #[derive(Debug, thiserror::Error)]
@@ -32,6 +39,9 @@ pub enum AttachError {
         /// Its index.
         ifindex: u32,
     },
+    /// Links were asked for.
+    #[error("this kernel has no tcx links, which came with Linux 6.6; leave --attach at auto")]
+    NoTcx,
     /// The kernel refused.
     #[error("cannot {operation} {program} at interface {ifindex}")]
     Link {
@@ -86,13 +96,38 @@ impl Hook {
     }
 }
 
-/// How programs are attached.
+/// How programs are attached to interfaces that have none of ours.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum AttachMode {
     /// Links, from Linux 6.6 on.
     Tcx,
     /// Filters of the `clsact` queueing discipline.
     Clsact,
+}
+
+/// Which of the two is chosen for interfaces of new pods.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum AttachChoice {
+    /// Filters where Coil itself wires the pods, since nobody else attaches anything to their interfaces before it
+    /// and they are ready sooner; where another plugin wires them links, if the kernel has them.
+    #[default]
+    Auto,
+    /// Links.
+    Tcx,
+    /// Filters.
+    Clsact,
+}
+
+impl AttachChoice {
+    /// The way of attaching; `None` for the best that the kernel has.
+    #[must_use]
+    pub fn mode(self, own_interfaces: bool) -> Option<AttachMode> {
+        match self {
+            Self::Auto => own_interfaces.then_some(AttachMode::Clsact),
+            Self::Tcx => Some(AttachMode::Tcx),
+            Self::Clsact => Some(AttachMode::Clsact),
+        }
+    }
 }
 
 /// One program that can be attached to interfaces.
@@ -111,8 +146,27 @@ impl Attachable {
 
     /// Sees to it that the interface has this program, pinned at `path`; true if it had none of ours.
     pub(crate) fn attach(&self, ifindex: u32, path: &Path, mode: AttachMode) -> Result<bool, AttachError> {
+        match pinned(path)? {
+            Some(Pinned::Link(link)) => {
+                let info = sys::link_info(&link).map_err(PinError::path("describe", path))?;
+                if info.ifindex == ifindex && info.attach_type == self.hook.tcx() {
+                    sys::link_update(&link, &self.program).map_err(self.link_error("replace", ifindex))?;
+                    return Ok(false);
+                }
+                // The interface it was for is gone and its index in use again: not ours to update.
+                remove(path)?;
+            }
+            Some(Pinned::Program(old)) => {
+                if self.replace_filter(ifindex, path, &old)? {
+                    return Ok(false);
+                }
+                // The filter went with its interface, or somebody has removed it.
+                remove(path)?;
+            }
+            None => {}
+        }
         match mode {
-            AttachMode::Tcx => self.attach_link(ifindex, path),
+            AttachMode::Tcx => self.attach_link(ifindex, path).map(|()| true),
             AttachMode::Clsact => self.attach_filter(ifindex, path),
         }
     }
@@ -125,52 +179,91 @@ impl Attachable {
         }
     }
 
-    fn attach_link(&self, ifindex: u32, path: &Path) -> Result<bool, AttachError> {
-        if let Some(link) = pinned_link(path)? {
-            let info = sys::link_info(&link).map_err(PinError::path("describe", path))?;
-            if info.ifindex == ifindex && info.attach_type == self.hook.tcx() {
-                sys::link_update(&link, &self.program).map_err(self.link_error("replace", ifindex))?;
-                return Ok(false);
-            }
-            // The interface it was for is gone and its index in use again: not ours to update.
-            remove(path)?;
+    fn filter_error(
+        &self,
+        operation: &'static str,
+        ifindex: u32,
+    ) -> impl Fn(ProgramError) -> AttachError + use<> {
+        let program = self.name;
+        move |source| match errno(&source) {
+            Some(libc::ENODEV) => AttachError::InterfaceGone { ifindex },
+            _ => AttachError::Filter { operation, program, ifindex, source: Box::new(source) },
         }
-        let link = sys::tcx_attach(&self.program, ifindex, self.hook.tcx())
-            .map_err(self.link_error("attach", ifindex))?;
-        sys::object_pin(&link, path).map_err(PinError::path("pin a link at", path))?;
-        Ok(true)
     }
 
+    fn attach_link(&self, ifindex: u32, path: &Path) -> Result<(), AttachError> {
+        let link = sys::tcx_attach(&self.program, ifindex, self.hook.tcx())
+            .map_err(self.link_error("attach", ifindex))?;
+        Ok(sys::object_pin(&link, path).map_err(PinError::path("pin a link at", path))?)
+    }
+
+    /// Makes the filter; false if it was there without a pin, so that it was replaced.
     fn attach_filter(&self, ifindex: u32, path: &Path) -> Result<bool, AttachError> {
-        let filter_error = |operation| {
-            let program = self.name;
-            move |source| AttachError::Filter { operation, program, ifindex, source: Box::new(source) }
-        };
         let name = interface_name(ifindex)?;
-        // A program's pin outlives its filter: the filter itself tells whether this is an adoption.
-        remove(path)?;
+        // The pin comes first: what has a filter of ours can be found by it.
         sys::object_pin(&self.program, path).map_err(PinError::path("pin a program at", path))?;
-        let mut program = SchedClassifier::from_pin(path).map_err(filter_error("open"))?;
         match qdisc_add_clsact(&name) {
             Ok(()) => {}
             Err(TcError::NetlinkError(error)) if error.raw_os_error() == Some(libc::EEXIST) => {}
-            Err(error) => return Err(filter_error("prepare")(error.into())),
+            Err(error) => return Err(self.filter_error("prepare", ifindex)(error.into())),
         }
-        let attach = self.hook.clsact();
+        let mut program = SchedClassifier::from_pin(path).map_err(self.filter_error("open", ifindex))?;
         let options = NlOptions { priority: PRIORITY, handle: HANDLE, classid: None };
         let options = TcAttachOptions::Netlink(options);
-        let (link, fresh) = match program.attach_with_options(&name, attach, options) {
-            Ok(link) => (link, true),
-            Err(_) => {
-                let old = SchedClassifierLink::attached(&name, attach, PRIORITY, HANDLE, None)
-                    .map_err(self.link_error("find", ifindex))?;
-                (program.attach_to_link(old).map_err(filter_error("replace"))?, false)
+        match program.attach_with_options(&name, self.hook.clsact(), options) {
+            Ok(link) => {
+                keep(program.take_link(link).map_err(self.filter_error("keep", ifindex))?);
+                Ok(true)
             }
+            Err(error) if errno(&error) == Some(libc::EEXIST) => {
+                self.set_filter(&mut program, &name, ifindex).map(|()| false)
+            }
+            Err(error) => Err(self.filter_error("attach", ifindex)(error)),
+        }
+    }
+
+    /// Replaces the program of the filter, and then the pin at `path`, which is of `old`; false if there is no
+    /// filter.
+    fn replace_filter(&self, ifindex: u32, path: &Path, old: &OwnedFd) -> Result<bool, AttachError> {
+        let name = match interface_name(ifindex) {
+            Err(AttachError::InterfaceGone { .. }) => return Ok(false),
+            name => name?,
         };
-        let link = program.take_link(link).map_err(filter_error("keep"))?;
-        // Dropping it would detach the filter.
-        std::mem::forget(link);
-        Ok(fresh)
+        let id = |program: BorrowedFd<'_>| sys::program_id(program).map_err(PinError::path("describe", path));
+        let same = id(old.as_fd())? == id(self.program.as_fd())?;
+        let fresh = match same {
+            true => path.to_path_buf(),
+            false => fresh_pin(path),
+        };
+        if !same {
+            // Left behind by one that was killed here.
+            remove(&fresh)?;
+            sys::object_pin(&self.program, &fresh).map_err(PinError::path("pin a program at", &fresh))?;
+        }
+        let mut program = SchedClassifier::from_pin(&fresh).map_err(self.filter_error("open", ifindex))?;
+        match self.set_filter(&mut program, &name, ifindex) {
+            Ok(()) => {}
+            Err(AttachError::Filter { source, .. }) if is_absent(&source) => {
+                if !same {
+                    remove(&fresh)?;
+                }
+                return Ok(false);
+            }
+            Err(error) => return Err(error),
+        }
+        if !same {
+            std::fs::rename(&fresh, path).map_err(PinError::path("replace", path))?;
+        }
+        Ok(true)
+    }
+
+    /// Gives the filter that is there another program; no packet sees neither.
+    fn set_filter(&self, program: &mut SchedClassifier, name: &str, ifindex: u32) -> Result<(), AttachError> {
+        let old = SchedClassifierLink::attached(name, self.hook.clsact(), PRIORITY, HANDLE, None)
+            .map_err(self.link_error("find", ifindex))?;
+        let link = program.attach_to_link(old).map_err(self.filter_error("replace", ifindex))?;
+        keep(program.take_link(link).map_err(self.filter_error("keep", ifindex))?);
+        Ok(())
     }
 
     /// Takes the program away from an interface.
@@ -188,11 +281,7 @@ impl Attachable {
                     match link.map_err(ProgramError::IOError).and_then(aya::programs::Link::detach) {
                         Ok(()) => {}
                         // It went with the queueing discipline or the interface.
-                        Err(ProgramError::NetlinkError(error))
-                            if matches!(
-                                error.raw_os_error(),
-                                Some(libc::ENOENT | libc::EINVAL | libc::ENODEV)
-                            ) => {}
+                        Err(error) if is_absent(&error) || errno(&error) == Some(libc::ENODEV) => {}
                         Err(source) => {
                             return Err(AttachError::Filter {
                                 operation: "remove",
@@ -207,22 +296,59 @@ impl Attachable {
                 Err(error) => return Err(error),
             }
         }
+        remove(&fresh_pin(path))?;
         remove(path).map_err(AttachError::from)
     }
 }
 
-/// Opens a pinned link; what is pinned there and is no link is removed.
-fn pinned_link(path: &Path) -> Result<Option<OwnedFd>, PinError> {
+/// What tells how a program is attached.
+enum Pinned {
+    /// A link.
+    Link(OwnedFd),
+    /// The program of a filter.
+    Program(OwnedFd),
+}
+
+/// Opens a pin; what is neither link nor program is removed.
+fn pinned(path: &Path) -> Result<Option<Pinned>, PinError> {
     match sys::object_get(path) {
-        Ok((link, ObjectKind::Link)) => Ok(Some(link)),
+        Ok((link, ObjectKind::Link)) => Ok(Some(Pinned::Link(link))),
+        Ok((program, ObjectKind::Program)) => Ok(Some(Pinned::Program(program))),
         Ok((_, kind)) => {
-            tracing::warn!(path = %path.display(), ?kind, "removing a pin that is not a link");
+            tracing::warn!(path = %path.display(), ?kind, "removing a pin that is neither link nor program");
             remove(path)?;
             Ok(None)
         }
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(error) => Err(PinError::path("open", path)(error)),
     }
+}
+
+/// Where the program that replaces another is pinned until it takes its place.
+fn fresh_pin(path: &Path) -> PathBuf {
+    let mut name = path.file_name().unwrap_or_default().to_owned();
+    name.push(FRESH);
+    path.with_file_name(name)
+}
+
+/// Dropping it would detach the filter.
+fn keep(link: SchedClassifierLink) {
+    std::mem::forget(link);
+}
+
+fn errno(error: &ProgramError) -> Option<i32> {
+    match error {
+        ProgramError::NetlinkError(error) | ProgramError::TcError(TcError::NetlinkError(error)) => {
+            error.raw_os_error()
+        }
+        ProgramError::IOError(error) | ProgramError::TcError(TcError::IoError(error)) => error.raw_os_error(),
+        _ => None,
+    }
+}
+
+/// There is no such filter, or no queueing discipline for it.
+fn is_absent(error: &ProgramError) -> bool {
+    matches!(errno(error), Some(libc::ENOENT | libc::EINVAL))
 }
 
 fn remove(path: &Path) -> Result<(), PinError> {
@@ -263,10 +389,18 @@ pub(crate) struct PodPrograms {
 }
 
 impl PodPrograms {
-    /// Attaches with pins in `folder`, in the way that the kernel offers unless `mode` is given.
-    pub(crate) fn new(folder: PathBuf, programs: [Attachable; 2], mode: Option<AttachMode>) -> Self {
-        let mode = mode.unwrap_or_else(|| programs[0].mode());
-        Self { folder, programs, mode }
+    /// Attaches with pins in `folder`, in the best way that the kernel offers unless `mode` is given.
+    pub(crate) fn new(
+        folder: PathBuf,
+        programs: [Attachable; 2],
+        mode: Option<AttachMode>,
+    ) -> Result<Self, AttachError> {
+        let best = programs[0].mode();
+        let mode = mode.unwrap_or(best);
+        if (mode, best) == (AttachMode::Tcx, AttachMode::Clsact) {
+            return Err(AttachError::NoTcx);
+        }
+        Ok(Self { folder, programs, mode })
     }
 
     fn path(&self, ifindex: u32, program: &str) -> PathBuf {
@@ -285,6 +419,10 @@ impl Attachments for PodPrograms {
             let parsed = name.to_str().and_then(|name| name.split_once('-'));
             match parsed.map(|(index, program)| (index.parse(), program)) {
                 Some((Ok(index), PROGRAM_FROM_POD | PROGRAM_TO_POD)) => {
+                    interfaces.insert(index);
+                }
+                // Somebody was killed while replacing a program: the next to do so removes it.
+                Some((Ok(index), program)) if program.ends_with(FRESH) => {
                     interfaces.insert(index);
                 }
                 _ => tracing::warn!(?name, "a pin among the links that is not ours"),

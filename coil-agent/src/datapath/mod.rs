@@ -74,7 +74,7 @@ use self::timeouts::Timeouts;
 use self::writer::Writer;
 use crate::desired::{DesiredState, EgressName, PodUid};
 
-pub use self::attach::{AttachError, AttachMode};
+pub use self::attach::{AttachChoice, AttachError, AttachMode};
 pub use self::encode::EncodeError;
 pub use self::icmp::IcmpLimit;
 pub use self::loader::{LoadError, Loaded, Role, load};
@@ -268,7 +268,7 @@ impl NodeDatapath {
         Self::open_with(options, None)
     }
 
-    /// The same with a way of attaching other than the kernel's best; for tests of the other way.
+    /// The same with a way of attaching to new interfaces other than the kernel's best.
     pub fn open_with(options: NodeOptions, mode: Option<AttachMode>) -> Result<Self, DatapathError> {
         let NodeOptions {
             bpffs_root,
@@ -310,7 +310,7 @@ impl NodeDatapath {
             attachable(names::PROGRAM_FROM_POD, Hook::Ingress)?,
             attachable(names::PROGRAM_TO_POD, Hook::Egress)?,
         ];
-        let programs = PodPrograms::new(folder.links()?, programs, mode);
+        let programs = PodPrograms::new(folder.links()?, programs, mode)?;
         let flows = FlowCounts::default();
         let sweeper = FlowSweeper::new(&mut loaded, timeouts, config.seed, flows.clone())?;
         let capacities: Vec<_> = names::NODE_MAPS

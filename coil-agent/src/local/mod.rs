@@ -4,10 +4,12 @@
 //! aliases found at start, and for pods that are older than Coil from routes (`adopt`).
 
 mod adopt;
+mod filters;
 mod monitor;
 
 pub use adopt::adopt_pods;
-pub use monitor::watch_links;
+pub use filters::watch_filters;
+pub use monitor::{MonitorError, watch_links};
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;

@@ -79,15 +79,20 @@ struct World {
 
 impl World {
     fn new() -> Self {
+        Self::at(PACE).0
+    }
+
+    fn at(pace: Pace) -> (Self, Arc<Notify>) {
         let datapath = FakeDatapath::default();
         let (snapshots, receiver) = watch::channel(Snapshot::default());
         let metrics = StateMetrics::register(&prometheus::Registry::new()).unwrap();
         let (mut writer, applied) = Writer::new(datapath.clone(), receiver, metrics);
-        writer.pace = PACE;
+        writer.pace = pace;
+        let alarm = writer.alarm();
         let (drain, ready) = (Drain::new(), Arc::new(Mutex::new(false)));
         let flag = Arc::clone(&ready);
         tokio::spawn(writer.run(drain.clone(), move || *flag.lock().unwrap() = true));
-        Self { datapath, snapshots, applied, drain, ready }
+        (Self { datapath, snapshots, applied, drain, ready }, alarm)
     }
 
     fn publish(&self, revision: u64, pods: &[&str]) {
@@ -187,6 +192,22 @@ async fn maps_are_compared_and_flows_swept_from_time_to_time() {
         })
         .await;
     assert!(world.datapath.count(|done| *done == Done::Swept) > 3);
+}
+
+#[tokio::test]
+async fn an_alarm_makes_it_look_at_once() {
+    let never = Duration::from_secs(1000);
+    let (world, alarm) = World::at(Pace { resync: never, ..PACE });
+    world.publish(1, &["1"]);
+    world.applied(|applied| applied.revision == 1).await;
+    assert_eq!(world.datapath.count(|done| *done == Done::Resynced), 0);
+    alarm.notify_one();
+    world
+        .until(|done| {
+            let resync = done.iter().rposition(|d| *d == Done::Resynced);
+            resync.is_some() && done.iter().rposition(|d| matches!(d, Done::Applied(_))) > resync
+        })
+        .await;
 }
 
 #[tokio::test]

@@ -12,10 +12,10 @@ use coil_agent::cni::pod::ipam::{IpamPods, NamespaceApi};
 use coil_agent::cni::pod::{Call, PodApi, Pods};
 use coil_agent::cni::server::Handler;
 use coil_agent::datapath::timeouts::Timeouts;
-use coil_agent::datapath::{IcmpLimit, NodeDatapath, NodeOptions, TunnelKind};
+use coil_agent::datapath::{AttachChoice, IcmpLimit, NodeDatapath, NodeOptions, TunnelKind};
 use coil_agent::index::{Change, PodView};
 use coil_agent::ipam::{Addresses, Assigned, IpamError, NodeAddresses, Owner};
-use coil_agent::local::{LocalPod, adopt_pods, watch_links};
+use coil_agent::local::{LocalPod, adopt_pods, watch_filters, watch_links};
 use coil_agent::metrics::StateMetrics;
 use coil_agent::netlink::RtNetlink;
 use coil_agent::state::{Input, Snapshot, State};
@@ -27,7 +27,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 
 use crate::support::net::NetNs;
-use crate::support::{BpfFs, DEADLINE};
+use crate::support::{BpfFs, DEADLINE, run};
 
 /// Every pod exists, with its name as its UID; every namespace has the default pool.
 #[derive(Clone)]
@@ -109,10 +109,11 @@ impl Agent {
         let recovered = wiring.list().await.unwrap();
         let netlink = Arc::new(RtNetlink::new().unwrap());
         let (state, handle, snapshots) = State::new();
-        let datapath = NodeDatapath::open(options).unwrap();
+        let datapath = NodeDatapath::open_with(options, AttachChoice::Auto.mode(true)).unwrap();
         let metrics = StateMetrics::register(&prometheus::Registry::new()).unwrap();
         let (writer, applied) = Writer::new(datapath, snapshots.clone(), metrics);
         let drain = Drain::new();
+        let filters = watch_filters(snapshots.clone(), writer.alarm());
         let writing = writer.run(drain.clone(), || {});
         let mut tasks = vec![tokio::spawn(state.run()), tokio::spawn(async move { writing.await.unwrap() })];
         for link in recovered {
@@ -127,6 +128,7 @@ impl Agent {
         let links = watch_links(Arc::clone(&netlink), handle.clone(), snapshots.clone());
         let adoption = adopt_pods(Arc::clone(&netlink), handle.clone(), snapshots.clone());
         tasks.push(tokio::spawn(async move { assert!(links.await.is_err()) }));
+        tasks.push(tokio::spawn(async move { assert!(filters.await.is_err()) }));
         tasks.push(tokio::spawn(async move { assert!(adoption.await.is_err()) }));
         handle.send(Input::Pods(reset(known))).await.unwrap();
         handle.send(Input::Egresses(reset(vec![]))).await.unwrap();
@@ -257,6 +259,38 @@ fn a_pod_is_wired_and_served_from_add_to_del_over_a_restart() {
         agent.kill().await;
     });
     assert!(!pod.ip("link show").contains("eth0"));
+}
+
+/// Other software may clear an interface: the pod's packets must not go past its policy for long.
+#[test]
+#[ignore = "privileged: needs root and the eBPF object"]
+fn filters_that_somebody_removes_are_back_at_once() {
+    let (bed, pod) = (Bed::new(), NetNs::new("pod"));
+    let (options, call, space) = (bed.options(), call(1, pod.path()), bed.node.name().to_owned());
+    bed.run(move || async move {
+        let agent = Agent::start(options, Ledger::default(), vec![]).await;
+        let mut snapshots = agent.snapshots.clone();
+        snapshots.wait_for(|snapshot| snapshot.desired.complete).await.unwrap();
+        let result: serde_json::Value = serde_json::from_slice(&agent.pods.add(call).await.unwrap()).unwrap();
+        let link = result["interfaces"][1]["name"].as_str().unwrap().to_owned();
+        let tc = |words: &str| run(&format!("ip netns exec {space} tc {words}"));
+        let both = || {
+            ["ingress", "egress"].iter().all(|hook| {
+                // Not while the queueing discipline is missing.
+                tc("qdisc show").contains(&format!("clsact ffff: dev {link}"))
+                    && tc(&format!("filter show dev {link} {hook}")).contains("direct-action")
+            })
+        };
+        for removal in
+            ["qdisc del dev LINK clsact", "filter del dev LINK egress", "filter del dev LINK ingress"]
+        {
+            assert!(both());
+            tc(&removal.replace("LINK", &link));
+            // The writer looks by itself only every five minutes.
+            until("the filters to be back", both).await;
+        }
+        agent.kill().await;
+    });
 }
 
 #[test]

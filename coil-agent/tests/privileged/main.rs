@@ -1,6 +1,7 @@
 //! Tests of the agent's datapath in a real kernel. They need root and the eBPF object, make name spaces
 //! and BPF file systems of their own, and are run by `cargo xtask test`.
 
+mod attach;
 mod cni;
 mod errors;
 mod fuzz;

@@ -153,6 +153,10 @@ fn folders(state: &State) -> anyhow::Result<()> {
     }
     if let Some(binary) = &state.options.programs {
         for program in PROGRAMS {
+            let binary = match &state.options.plugin {
+                Some(plugin) if program == "coil" => plugin,
+                _ => binary,
+            };
             symlink(binary, paths::bin().join(program)).with_context(|| format!("link to {program}"))?;
         }
     }

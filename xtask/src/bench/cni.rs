@@ -1,6 +1,8 @@
 //! What it costs to give a pod its network: ADD and DEL of the node's CNI list in the lab, against the reference
 //! plugins `ptp` with `host-local` in the same node, alone and many at a time.
 //!
+//! Programs are those that are shipped: optimised, and the CNI plugin a small static one.
+//!
 //! Both are run as the lab's kubelet runs them: a process for each plugin, fed the result of the one before. Runs
 //! alone alternate, so that a change of the machine's speed meets both alike. Pods are objects that the kubelet leaves
 //! alone, since their networks are made here.
@@ -21,6 +23,7 @@ use tokio::task::JoinSet;
 
 use super::Figure;
 use crate::process::say;
+use crate::programs;
 
 /// Pods that a node holds, as the kubelet has them at most with common settings.
 const PODS: usize = 250;
@@ -37,8 +40,15 @@ const NAMESPACE: &str = "bench-cni";
 
 /// Brings a lab up, measures, and removes it.
 pub async fn measure() -> Result<Vec<Figure>> {
-    let options =
-        Options { nodes: 1, family: Family::Dual, networking: Networking::Coil, ..Options::for_xtask()? };
+    let programs = programs::build()?;
+    let options = Options {
+        nodes: 1,
+        family: Family::Dual,
+        networking: Networking::Coil,
+        programs: Some(programs.hypercoil),
+        plugin: Some(programs.plugin),
+        ..Options::for_xtask()?
+    };
     let lab = fresh(options, |step| say(step)).await?;
     let figures = with_pods(&lab).await;
     Lab::down(|step| say(step))?;

@@ -26,6 +26,30 @@ const ALL: &[Exception] = &[
     },
     Exception {
         program: "privileged",
+        test: "attach::tcx_links_are_replaced_without_losing_a_packet",
+        below: (6, 6),
+        reason: "makes tcx links, which the kernel does not have",
+    },
+    Exception {
+        program: "privileged",
+        test: "attach::tcx_links_stay_links_with_an_agent_that_would_make_filters",
+        below: (6, 6),
+        reason: "makes tcx links, which the kernel does not have",
+    },
+    Exception {
+        program: "privileged",
+        test: "attach::filters_stay_filters_with_an_agent_that_would_make_tcx_links",
+        below: (6, 6),
+        reason: "makes tcx links, which the kernel does not have",
+    },
+    Exception {
+        program: "privileged",
+        test: "attach::new_interfaces_are_attached_to_as_asked_for_and_old_ones_are_left_as_they_are_tcx",
+        below: (6, 6),
+        reason: "makes tcx links, which the kernel does not have",
+    },
+    Exception {
+        program: "privileged",
         test: "tunnel::many_datagrams_at_once_go_by_either_tunnel",
         below: (6, 12),
         reason: "datagrams that leave in one piece (UDP GSO) are lost behind a gateway on 6.1; docs/compatibility.md",
