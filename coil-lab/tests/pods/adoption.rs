@@ -9,14 +9,14 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use coil_lab::drive::{apply, ask, ask_for, exec, get, kubectl, pod, scrape, sum, until, wait_for};
-use coil_lab::footprint::{Footprint, nothing_left};
+use coil_lab::footprint::nothing_left;
 use coil_lab::report::{Peer, Stream};
 use coil_lab::topology::Node;
 use coil_lab::{Lab, Target, paths};
 use serde_json::{Value, json};
 
 use crate::addresses::{blocks, exported};
-use crate::by_hand::{Sandbox, coild, objects, remove_objects};
+use crate::by_hand::{Sandbox, coild, objects, quiet, remove_objects};
 use crate::support::{ECHO, HTTP, client, remove, scenarios};
 
 scenarios! {
@@ -39,8 +39,7 @@ const METRICS: u16 = 9384;
 const LIMIT: Duration = Duration::from_secs(120);
 
 async fn a_node_of_coil_v2_is_adopted_as_it_is(lab: &Lab) -> Result<()> {
-    let clean = Footprint::of(lab, NODE).await?;
-    ensure!(blocks(lab, NODE).await?.is_empty(), "the node has blocks");
+    let clean = quiet(lab, NODE).await?;
     let names: Vec<String> = OLD.iter().chain(&NEW).map(|name| (*name).to_owned()).collect();
     objects(lab, NAMESPACE, NODE, &names).await?;
     apply(lab, &client(CLIENT.0, CLIENT.1, "worker1", &[])).await?;

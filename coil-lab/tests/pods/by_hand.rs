@@ -8,13 +8,15 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use coil_lab::cni::{Attachment, CniError};
-use coil_lab::drive::{STEP, apply, exec, kubectl};
+use coil_lab::drive::{STEP, apply, exec, kubectl, until};
+use coil_lab::footprint::Footprint;
 use coil_lab::netns::Netns;
 use coil_lab::process::{self, ProcessId};
 use coil_lab::{Lab, MIRROR_ANNOTATION, Target, paths};
 use serde_json::{Value, json};
 use tokio::task::JoinSet;
 
+use crate::addresses::blocks;
 use crate::support::remove;
 
 /// "Try again later", of the CNI specification.
@@ -37,6 +39,16 @@ pub async fn objects(lab: &Lab, namespace: &str, node: &str, names: &[String]) -
         text += &format!("---\n{pod}\n");
     }
     apply(lab, &text).await.map(drop)
+}
+
+/// What a node has when the pods of earlier scenarios are gone, and the blocks that they were in.
+pub async fn quiet(lab: &Lab, node: &str) -> Result<Footprint> {
+    until(&format!("{node} has no blocks"), || async {
+        let blocks = blocks(lab, node).await?;
+        ensure!(blocks.is_empty(), "{blocks:?}");
+        Footprint::of(lab, node).await
+    })
+    .await
 }
 
 /// The network of one sandbox of a pod.

@@ -5,15 +5,17 @@ use std::collections::BTreeSet;
 use std::net::IpAddr;
 
 use anyhow::{Context, Result, ensure};
-use coil_lab::drive::{get, scrape, sum, until};
-use coil_lab::footprint::{Footprint, nothing_left};
+use coil_lab::drive::{scrape, sum, until};
+use coil_lab::footprint::nothing_left;
 use coil_lab::{Lab, Target};
 use ipnet::IpNet;
 use nix::sys::signal::Signal;
-use serde_json::Value;
 use tokio::task::JoinSet;
 
-use crate::by_hand::{Sandbox, TRY_AGAIN, coild, objects, reachable, refusal, remove_objects, together};
+use crate::addresses::blocks;
+use crate::by_hand::{
+    Sandbox, TRY_AGAIN, coild, objects, quiet, reachable, refusal, remove_objects, together,
+};
 use crate::support::scenarios;
 
 scenarios! {
@@ -24,14 +26,14 @@ const NODE: &str = "worker1";
 const NAMESPACE: &str = "killed";
 const PODS: usize = 100;
 /// `coild` is killed when so many have been answered: at the start, and well within.
-const ANSWERED: [usize; 2] = [3, 60];
+const ANSWERED: [usize; 2] = [3, 25];
 /// Port of the metrics.
 const METRICS: u16 = 9384;
 
 async fn a_hundred_adds_outlive_a_killed_coild(lab: &Lab) -> Result<()> {
     let names: Vec<String> = (0..PODS).map(|number| format!("p{number}")).collect();
     objects(lab, NAMESPACE, NODE, &names).await?;
-    let before = Footprint::of(lab, NODE).await?;
+    let before = quiet(lab, NODE).await?;
     for (round, answered) in ANSWERED.into_iter().enumerate() {
         let sandboxes = names
             .iter()
@@ -118,7 +120,8 @@ async fn again(lab: Lab, mut sandbox: Sandbox) -> (Sandbox, Result<()>) {
 
 /// No two have one address; what was answered is what the pod has, in a block of the node, and it can be reached.
 async fn each_has_its_own(lab: &Lab, all: &[Sandbox]) -> Result<()> {
-    let blocks = blocks(lab).await?;
+    let blocks = blocks(lab, NODE).await?;
+    let blocks: Vec<IpNet> = blocks.iter().map(|net| net.parse()).collect::<Result<_, _>>()?;
     let mut seen: BTreeSet<IpAddr> = BTreeSet::new();
     for sandbox in all {
         let (answered, inside) = (sandbox.addresses(), sandbox.inside(lab).await?);
@@ -140,13 +143,4 @@ async fn each_has_its_own(lab: &Lab, all: &[Sandbox]) -> Result<()> {
     let used = sum(&metrics, "coil_ipam_used_addresses", &[]);
     ensure!(used == PODS as f64, "coild counts {used} addresses in use");
     Ok(())
-}
-
-/// Networks of the node's blocks.
-async fn blocks(lab: &Lab) -> Result<Vec<IpNet>> {
-    let selector = format!("coil.cybozu.com/node={NODE}");
-    let list = get(lab, &["addressblocks", "--selector", &selector]).await?;
-    let items = list["items"].as_array().context("no list of blocks")?;
-    let nets = items.iter().flat_map(|block| [&block["ipv4"], &block["ipv6"]]).filter_map(Value::as_str);
-    nets.map(|net| net.parse().with_context(|| net.to_owned())).collect()
 }

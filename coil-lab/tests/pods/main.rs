@@ -13,6 +13,7 @@ mod adoption;
 mod by_hand;
 mod flat;
 mod killed;
+mod outage;
 
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -26,11 +27,16 @@ use support::Scenario;
 
 fn main() -> ExitCode {
     let arguments = Arguments::from_args();
-    let scenarios: Vec<Scenario> =
-        [flat::scenarios(), adoption::scenarios(), killed::scenarios(), addresses::scenarios()]
-            .into_iter()
-            .flatten()
-            .collect();
+    let scenarios: Vec<Scenario> = [
+        flat::scenarios(),
+        adoption::scenarios(),
+        killed::scenarios(),
+        outage::scenarios(),
+        addresses::scenarios(),
+    ]
+    .into_iter()
+    .flatten()
+    .collect();
     let wanted = arguments.ignored || arguments.include_ignored;
     if !wanted || arguments.list {
         let trials = scenarios.iter().map(|scenario| {
