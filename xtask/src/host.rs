@@ -36,8 +36,8 @@ pub const LAB: &[Tool] = &[
     tool("/usr/lib/cni/host-local", "containernetworking-plugins"),
 ];
 
-/// What the tests run besides: a container runtime. Podman of Debian 12 is the last with a CNI backend.
-pub const TEST: &[Tool] = &[tool("podman", "podman"), tool("runc", "runc")];
+/// What the tests run besides: a container runtime, and clocks that jump. Podman of Debian 12 is the last with a CNI backend.
+pub const TEST: &[Tool] = &[tool("podman", "podman"), tool("runc", "runc"), tool("faketime", "faketime")];
 
 /// What the benchmarks run besides.
 pub const BENCH: &[Tool] = &[tool("iperf3", "iperf3")];

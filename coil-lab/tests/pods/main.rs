@@ -11,6 +11,7 @@ mod support;
 mod addresses;
 mod adoption;
 mod by_hand;
+mod clock;
 mod flat;
 mod killed;
 mod outage;
@@ -32,6 +33,7 @@ fn main() -> ExitCode {
         adoption::scenarios(),
         killed::scenarios(),
         outage::scenarios(),
+        clock::scenarios(),
         addresses::scenarios(),
     ]
     .into_iter()
