@@ -123,7 +123,8 @@ fn bracket(text: &str) -> Option<Step> {
         return Some(Step::All);
     }
     if let Some(quoted) = unquote(text) {
-        return Some(Step::Field(quoted.to_owned()));
+        // Dots may be escaped here as well, and have to be for some readers.
+        return Some(Step::Field(quoted.replace('\\', "")));
     }
     if let Ok(index) = text.parse() {
         return Some(Step::Index(index));
@@ -194,6 +195,7 @@ mod tests {
             ("spec.x", vec![json!(3)]),
             (r".metadata.labels.a\.b/c", vec![json!("v")]),
             (".metadata.labels['a.b/c']", vec![json!("v")]),
+            (r".metadata.labels['a\.b/c']", vec![json!("v")]),
             (r#".status.conditions[?(@.type=="Ready")].status"#, vec![json!("True")]),
             (r#".status.conditions[?(@.type!='Ready')].status"#, vec![json!("False")]),
             (".spec.list[*]", vec![json!(1), json!(2)]),
