@@ -74,9 +74,9 @@ pub struct UpArgs {
     /// Address families
     #[arg(long, value_enum, default_value_t)]
     pub family: Family,
-    /// Who gives pods their network
-    #[arg(long, value_enum, default_value_t)]
-    pub networking: Networking,
+    /// Who gives pods their network; default: coil, or ptp with --without-coil or --conflist
+    #[arg(long, value_enum)]
+    pub networking: Option<Networking>,
     /// The multi-call binary with the Coil programs; default: hypercoil next to this program
     #[arg(long, value_name = "FILE")]
     pub programs: Option<PathBuf>,
@@ -114,7 +114,13 @@ impl UpArgs {
         let mut options = Options::with_launcher(launcher);
         options.nodes = nodes;
         options.family = family;
-        options.networking = networking;
+        if without_coil && networking == Some(Networking::Coil) {
+            let message = "--networking coil needs Coil, which --without-coil leaves out";
+            return Err(std::io::Error::new(std::io::ErrorKind::InvalidInput, message));
+        }
+        // A list of other plugins hands out the addresses to which the router has fixed routes.
+        let default = if conflist.is_some() { Networking::Ptp } else { Networking::default() };
+        options.networking = networking.unwrap_or(default);
         options.conflist = conflist.map(std::path::absolute).transpose()?;
         options.wait_seconds = wait;
         options.controllers = with_controllers;

@@ -37,11 +37,11 @@ impl Family {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum Networking {
-    /// The reference plugins `ptp` and `host-local`, with Coil chained behind them for egress alone.
-    #[default]
-    Ptp,
     /// Coil: addresses from an `AddressPool`, routes between nodes by BIRD.
+    #[default]
     Coil,
+    /// The reference plugins `ptp` and `host-local`, with Coil chained behind them for egress alone.
+    Ptp,
 }
 
 /// Where the Kubernetes API comes from.
@@ -64,7 +64,7 @@ pub struct Options {
     pub nodes: usize,
     /// Address families.
     pub family: Family,
-    /// Who gives pods their network.
+    /// Who gives pods their network, where Coil runs; see [`Options::wired_by`].
     #[serde(default)]
     pub networking: Networking,
     /// Where the API comes from.
@@ -93,6 +93,11 @@ impl Options {
     pub fn for_xtask() -> std::io::Result<Self> {
         let exe = std::env::current_exe()?;
         Ok(Self::with_launcher(vec![exe, "lab".into()]))
+    }
+
+    /// Who gives pods their network: the reference plugins, where Coil does not run.
+    pub fn wired_by(&self) -> Networking {
+        if self.programs.is_some() { self.networking } else { Networking::Ptp }
     }
 
     /// The defaults for a program that is started by `launcher`.

@@ -81,13 +81,16 @@ impl fmt::Display for Status {
         writeln!(f, "logs        {}", paths::logs().display())?;
         writeln!(f, "\nNODES")?;
         for node in &self.topology.nodes {
+            let pods = match node.pod_cidrs.as_slice() {
+                [] => String::new(),
+                fixed => format!("  pods {}", list(fixed)),
+            };
             writeln!(
                 f,
-                "  {:<12} netns {:<20} addresses {}  pods {}",
+                "  {:<12} netns {:<20} addresses {}{pods}",
                 node.name,
                 node.netns.name(),
-                list(&node.addresses),
-                list(&node.pod_cidrs)
+                list(&node.addresses)
             )?;
         }
         let topology = &self.topology;
@@ -105,6 +108,9 @@ impl fmt::Display for Status {
             topology.external.netns.name(),
             list(&topology.external.addresses)
         )?;
+        if !topology.pool.is_empty() {
+            writeln!(f, "\nPOOL default  {}", list(&topology.pool))?;
+        }
         writeln!(f, "\nPODS")?;
         for pod in &self.pods {
             writeln!(

@@ -80,8 +80,12 @@ pub(crate) async fn up(options: Options, progress: &impl Fn(&str)) -> Result<Sta
             }
             let had = &state.options;
             return Err(UpError::Other(format!(
-                "{} nodes, family {:?}, API {:?}, programs {:?}",
-                had.nodes, had.family, had.api, had.programs
+                "{} nodes, family {:?}, networking {:?}, API {:?}, programs {:?}",
+                had.nodes,
+                had.family,
+                had.wired_by(),
+                had.api,
+                had.programs
             )));
         }
         _ if down::leftovers() => {
@@ -93,7 +97,7 @@ pub(crate) async fn up(options: Options, progress: &impl Fn(&str)) -> Result<Sta
     let state = State {
         id: uuid::Uuid::new_v4().simple().to_string(),
         phase: Phase::Starting,
-        topology: Topology::plan(options.nodes, options.family, options.networking),
+        topology: Topology::plan(options.nodes, options.family, options.wired_by()),
         options,
         supervisor: None,
         api_url: None,
@@ -142,11 +146,11 @@ fn check(options: &Options) -> Result<(), UpError> {
     if !std::env::split_paths(&path).any(|folder| folder.join("ip").is_file()) {
         return Err(UpError::Tool { program: "ip", package: "iproute2" });
     }
-    let ptp = options.networking == Networking::Ptp || options.programs.is_none();
-    if options.networking == Networking::Coil && bird::program().is_none() {
+    let networking = options.wired_by();
+    if networking == Networking::Coil && bird::program().is_none() {
         return Err(UpError::Tool { program: "bird", package: "bird2" });
     }
-    if options.conflist.is_none() && ptp {
+    if options.conflist.is_none() && networking == Networking::Ptp {
         for program in ["ptp", "host-local"] {
             if cni::find(program).is_err() {
                 return Err(UpError::Tool { program, package: "containernetworking-plugins" });

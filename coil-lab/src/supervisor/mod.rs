@@ -8,7 +8,7 @@ mod control_plane;
 mod objects;
 
 use crate::kubelet::Kubelets;
-use crate::options::{Networking, Options};
+use crate::options::Networking;
 use crate::paths;
 use crate::process::ProcessId;
 use crate::state::{Phase, State};
@@ -93,7 +93,7 @@ async fn run() -> anyhow::Result<()> {
     folders(&state)?;
     let mut background = background::Background::new(&state);
     background.external_servers()?;
-    if state.options.networking == Networking::Coil {
+    if state.options.wired_by() == Networking::Coil {
         background.routing()?;
     }
 
@@ -169,8 +169,9 @@ fn folders(state: &State) -> anyhow::Result<()> {
                 .with_context(|| format!("cannot read {}", file.display()))?
                 .replace("@NODE@", &node.name),
             None => {
-                let Options { networking, programs, .. } = &state.options;
-                serde_json::to_string_pretty(&cni::config(node, *networking, programs.is_some()))?
+                let options = &state.options;
+                let config = cni::config(node, options.wired_by(), options.programs.is_some());
+                serde_json::to_string_pretty(&config)?
             }
         };
         let path = folder.join("10-lab.conflist");

@@ -47,7 +47,7 @@ pub(super) async fn coil(client: &Client, state: &State) -> anyhow::Result<()> {
     for text in ROLES {
         apply(client, text).await?;
     }
-    let ipam = state.options.networking == Networking::Coil;
+    let ipam = state.options.wired_by() == Networking::Coil;
     let text = COIL
         .replace("@IMAGE@", crate::COIL_IMAGE)
         .replace("@ROOT@", crate::paths::ROOT)

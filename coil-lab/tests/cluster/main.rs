@@ -1,8 +1,10 @@
 //! Cluster scenarios: the real programs in one lab, driven as an operator would.
 //!
-//! One lab serves all scenarios, each in namespaces of its own; it is removed at the end, whatever
-//! happened. All are marked as ignored, since they need root, the eBPF object and the built
-//! programs: `cargo xtask test` runs them.
+//! One lab serves all scenarios, each in namespaces of its own. Some of them run once more in a lab whose pods the
+//! reference plugins wire, with Coil chained behind them.
+
+#[path = "../support/mod.rs"]
+mod support;
 
 mod bad_input;
 mod choice;
@@ -15,23 +17,42 @@ mod path_mtu;
 mod policy;
 mod restart;
 mod roles;
-mod support;
 mod tally;
 mod tools;
 mod tunnels;
 mod udp_gso;
 
 use std::process::ExitCode;
-use std::sync::Arc;
 
-use coil_lab::drive::fresh;
-use coil_lab::{ApiSource, Family, Lab, Options};
-use libtest_mimic::{Arguments, Conclusion, Failed, Trial};
+use coil_lab::options::Networking;
+use coil_lab::{ApiSource, Family, Options};
 
-use support::Scenario;
+use support::{Group, Scenario};
+
+/// What wiring by others may change: the order of plugins at ADD, the devices of pods, their adoption.
+const CHAINED: [&str; 6] = [
+    "bad_input::unknown_egress_at_start_keeps_the_pod_waiting",
+    "policy::narrow_before_private_before_wide",
+    "policy::annotation_takes_effect_live",
+    "closed_doors::no_ready_gateway_drops",
+    "path_mtu::large_packets_are_told_the_tunnel_mtu",
+    "restart::kill_9_loses_no_packet",
+];
 
 fn main() -> ExitCode {
-    let arguments = Arguments::from_args();
+    let with = |networking| Options { family: Family::Dual, networking, ..support::options() };
+    let chained: Vec<Scenario> = scenarios()
+        .into_iter()
+        .filter(|scenario| CHAINED.iter().any(|name| scenario.name.ends_with(name)))
+        .collect();
+    assert_eq!(chained.len(), CHAINED.len(), "a scenario has another name now");
+    support::main(vec![
+        Group { name: "", options: with(Networking::Coil), scenarios: scenarios() },
+        Group { name: "chained", options: with(Networking::Ptp), scenarios: chained },
+    ])
+}
+
+fn scenarios() -> Vec<Scenario> {
     let mut scenarios: Vec<Scenario> = [
         policy::scenarios(),
         closed_doors::scenarios(),
@@ -43,10 +64,10 @@ fn main() -> ExitCode {
         tools::scenarios(),
         choice::scenarios(),
         gateways::scenarios(),
-        flood::scenarios(),
         tunnels::scenarios(),
-        // Last: these kill what the others use.
+        // Last: these kill what the others use, and fill what they need.
         restart::scenarios(),
+        flood::scenarios(),
     ]
     .into_iter()
     .flatten()
@@ -55,41 +76,5 @@ fn main() -> ExitCode {
     if support::options().api != ApiSource::Embedded {
         scenarios.extend(roles::scenarios());
     }
-    let wanted = arguments.ignored || arguments.include_ignored;
-    if !wanted || arguments.list {
-        let trials = scenarios.iter().map(|scenario| {
-            Trial::test(scenario.name, || Err(Failed::from("needs the lab"))).with_ignored_flag(true)
-        });
-        return libtest_mimic::run(&arguments, trials.collect()).exit_code();
-    }
-    match run(&arguments, scenarios) {
-        Ok(conclusion) => conclusion.exit_code(),
-        Err(error) => {
-            eprintln!("the lab: {error:#}");
-            println!("test result: FAILED. 0 passed; 1 failed; 0 ignored; 0 measured; 0 filtered out");
-            ExitCode::FAILURE
-        }
-    }
-}
-
-fn run(arguments: &Arguments, scenarios: Vec<Scenario>) -> anyhow::Result<Conclusion> {
-    let runtime = Arc::new(tokio::runtime::Runtime::new()?);
-    let options = Options { family: Family::Dual, ..support::options() };
-    let lab = Arc::new(runtime.block_on(fresh(options, |step| eprintln!("{step}")))?);
-    let trials = scenarios
-        .into_iter()
-        .map(|scenario| {
-            let (lab, runtime) = (lab.clone(), runtime.clone());
-            Trial::test(scenario.name, move || {
-                runtime.block_on((scenario.run)(&lab)).map_err(|error| {
-                    eprintln!("{}", support::state(&lab));
-                    Failed::from(format!("{error:#}"))
-                })
-            })
-            .with_ignored_flag(true)
-        })
-        .collect();
-    let conclusion = libtest_mimic::run(&Arguments { test_threads: Some(1), ..arguments.clone() }, trials);
-    Lab::down(|step| eprintln!("{step}"))?;
-    Ok(conclusion)
+    scenarios
 }

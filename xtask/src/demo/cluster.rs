@@ -26,6 +26,7 @@ pub fn invite() {
          \x20 cargo xtask lab status\n\
          \x20 cargo xtask lab kubectl -- get egress,pods,deploy -A -o wide\n\
          \x20 cargo xtask lab exec pod/team-a/client -- ping -c 1 203.0.113.10\n\
+         \x20 cargo xtask lab exec node/worker1 -- ip route show table 119\n\
          \x20 bpftool map dump pinned /sys/fs/bpf/coil-lab/worker1/v1/flows_v4\n\
          and remove it with\n\
          \x20 cargo xtask lab down\n"

@@ -1,12 +1,14 @@
 //! `demo`: the main job of Coil, end to end, in a cluster of network namespaces, told step by step.
 
 mod cluster;
+mod network;
 mod story;
 
 use std::process::ExitCode;
 
 use anyhow::{Context, Result};
 use coil_lab::drive::fresh;
+use coil_lab::options::Networking;
 use coil_lab::{Family, Lab, Options};
 use serde::Serialize;
 
@@ -26,6 +28,9 @@ pub struct Demo {
     /// Address families of the cluster
     #[arg(long, value_enum, default_value_t = Family::Dual)]
     family: Family,
+    /// Who gives pods their network
+    #[arg(long, value_enum, default_value_t)]
+    networking: Networking,
 }
 
 /// Something shown, and whether it was so.
@@ -93,7 +98,7 @@ impl Demo {
 
     async fn show(&self) -> Result<Report> {
         let mut report = Report::default();
-        let options = Options { family: self.family, ..Options::for_xtask()? };
+        let options = Options { family: self.family, networking: self.networking, ..Options::for_xtask()? };
         let lab = tokio::select! {
             lab = fresh(options, |step| say(step)) => lab?,
             signal = tokio::signal::ctrl_c() => {

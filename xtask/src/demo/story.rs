@@ -7,7 +7,7 @@ use coil_lab::drive::{Addresses, apply, ask, flow, kubectl, pod, scrape, sum, un
 use coil_lab::report::{Peer, Transfer, Udp};
 use coil_lab::{Family, Lab, Target};
 
-use super::Report;
+use super::{Report, network};
 use crate::process::say;
 
 const MANIFEST: &str = include_str!("story.yaml");
@@ -57,6 +57,8 @@ pub async fn tell(lab: &Lab, family: Family, report: &mut Report) -> Result<()> 
     let gateways = Addresses::of_egress(lab, "egress", "partner").await?;
     report.add("the Egress has two ready egress pods", gateways.expect_pods(2));
 
+    let servers: Vec<IpAddr> = chapters(family).iter().map(|chapter| chapter.inside).collect();
+    network::tell(lab, &servers, report).await?;
     for chapter in chapters(family) {
         tell_chapter(lab, &chapter, &gateways, report).await?;
     }

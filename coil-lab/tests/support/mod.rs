@@ -1,4 +1,8 @@
-//! What scenarios share: their list, their cluster objects, questions to the external host.
+//! What scenarios share: how they are run, their list, their cluster objects, questions to the external host.
+
+mod harness;
+
+pub use harness::{Group, main};
 
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
