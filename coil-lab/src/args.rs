@@ -37,6 +37,14 @@ enum Verb {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         command: Vec<String>,
     },
+    /// Cut a node's power and start it again; returns when Coil is ready on it
+    ///
+    /// Its network namespace and those of its pods, its processes, its pins and its sockets go and are made anew; its
+    /// object in the API stays, and so does what a real node has on disk.
+    Reboot {
+        /// Name of the node
+        node: String,
+    },
     /// List nodes, pods, addresses, namespaces, processes and log files
     Status {
         /// Print one JSON object
@@ -172,6 +180,13 @@ impl LabArgs {
                 let code = if error.kind() == std::io::ErrorKind::NotFound { 127 } else { 126 };
                 eprintln!("cannot run {} in {target}: {error}", argv[0]);
                 Ok(ExitCode::from(code))
+            }
+            Verb::Reboot { node } => {
+                let lab = Lab::open()?;
+                let begun = std::time::Instant::now();
+                runtime()?.block_on(lab.reboot(&node))?;
+                eprintln!("{node} is back after {:.1} s", begun.elapsed().as_secs_f32());
+                Ok(ExitCode::SUCCESS)
             }
             Verb::Status { json } => {
                 let state = state::State::load()?.ok_or(LabError::None)?;

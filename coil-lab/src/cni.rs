@@ -116,6 +116,17 @@ impl Attachment {
         paths::cni().join("results").join(format!("{}.json", self.container_id))
     }
 
+    /// All that are recorded.
+    pub fn all() -> Vec<Self> {
+        let Ok(entries) = std::fs::read_dir(paths::cni().join("results")) else {
+            return Vec::new();
+        };
+        entries
+            .flatten()
+            .filter_map(|entry| serde_json::from_slice(&std::fs::read(entry.path()).ok()?).ok())
+            .collect()
+    }
+
     /// The pod's addresses, once ADD has succeeded.
     pub fn addresses(&self) -> Vec<IpAddr> {
         let ips = self.result.as_ref().and_then(|result| result["ips"].as_array());

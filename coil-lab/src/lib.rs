@@ -38,6 +38,7 @@ use std::io;
 use std::path::PathBuf;
 use std::process::{Command, Output, Stdio};
 use std::time::Duration;
+use supervisor::control::{self, Request};
 use tokio::io::AsyncWriteExt;
 
 /// A lab that is up.
@@ -61,6 +62,21 @@ pub enum LabError {
     /// The place of a command.
     #[error(transparent)]
     Target(#[from] target::TargetError),
+    /// The supervisor does not answer.
+    #[error("the lab's supervisor does not answer at {}", paths::control().display())]
+    Ask {
+        /// The cause.
+        #[source]
+        source: io::Error,
+    },
+    /// A node did not start again.
+    #[error("node {node} was not started again: {reason}")]
+    Reboot {
+        /// Its name.
+        node: String,
+        /// What the supervisor says.
+        reason: String,
+    },
     /// A command.
     #[error("cannot run {program} in {target}")]
     Run {
@@ -119,6 +135,13 @@ impl Lab {
     pub fn down(progress: impl Fn(&str)) -> Result<(), down::DownError> {
         let _lock = up::lock(&progress);
         down::down(&progress)
+    }
+
+    /// Cuts the power of a node and starts it again. Returns when Coil is ready on it; other pods may still start.
+    pub async fn reboot(&self, node: &str) -> Result<(), LabError> {
+        let request = Request::Reboot(node.to_owned());
+        let answer = control::ask(&request).await.map_err(|source| LabError::Ask { source })?;
+        answer.map_err(|reason| LabError::Reboot { node: node.to_owned(), reason })
     }
 
     /// Kubeconfig for programs of the root namespace.

@@ -20,6 +20,11 @@ pub fn state_file() -> PathBuf {
     Path::new(ROOT).join("state.json")
 }
 
+/// Socket at which the supervisor takes requests.
+pub fn control() -> PathBuf {
+    Path::new(ROOT).join("control.sock")
+}
+
 /// Kubeconfig for processes of the root namespace.
 pub fn kubeconfig() -> PathBuf {
     Path::new(ROOT).join("kubeconfig")

@@ -91,7 +91,8 @@ pub(super) struct Container {
 }
 
 impl Container {
-    pub(super) fn start(setting: Setting, spec: Spec, restart: Restart) -> Self {
+    /// `restarts` counts those of before, on a node that has come back.
+    pub(super) fn start(setting: Setting, spec: Spec, restart: Restart, restarts: i32) -> Self {
         let metadata = &setting.pod.metadata;
         let log = paths::container_log(
             metadata.namespace.as_deref().unwrap_or_default(),
@@ -103,7 +104,7 @@ impl Container {
             pid: None,
             started: false,
             ready: false,
-            restarts: 0,
+            restarts,
             last: None,
             final_: false,
         }));
@@ -124,13 +125,20 @@ impl Container {
         self.view.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Asks it to end; SIGKILL follows after `grace`.
+    /// Asks it to end; SIGKILL follows after `grace`, and comes alone where that is zero.
     pub(super) fn stop(&self, grace: Duration) {
         self.stop.send_replace(Some(grace));
     }
 
     pub(super) fn stopped(&self) -> bool {
         self.task.is_finished()
+    }
+
+    /// Waits until it has ended.
+    pub(super) async fn ended(self) {
+        if let Err(error) = self.task.await {
+            warn!(container = self.name, %error, "its task failed");
+        }
     }
 }
 
@@ -399,6 +407,10 @@ impl Run {
         mut grace: Duration,
     ) -> std::io::Result<ExitStatus> {
         let begun = Instant::now();
+        if grace.is_zero() {
+            child.start_kill()?;
+            return child.wait().await;
+        }
         if let Some(hook) = self.spec.lifecycle.as_ref().and_then(|lifecycle| lifecycle.pre_stop.clone()) {
             let place = self.place(environment);
             tokio::select! {

@@ -11,6 +11,7 @@ mod environment;
 mod events;
 mod node;
 mod pod;
+mod power;
 mod probe;
 mod sandbox;
 mod status;
@@ -22,7 +23,10 @@ use futures::StreamExt;
 use k8s_openapi::api::core::v1::Pod;
 use kube::runtime::{WatchStreamExt, watcher};
 use kube::{Api, Client};
-use pod::{Update, Worker};
+pub(crate) use power::Switch;
+
+use pod::{Start, Update, Worker};
+use power::{Command, Nodes};
 use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -54,8 +58,17 @@ pub(crate) struct Host {
 /// The kubelets of all nodes.
 pub(crate) struct Kubelets {
     host: Arc<Host>,
-    pods: HashMap<String, watch::Sender<Update>>,
+    pods: HashMap<String, Running>,
     workers: JoinSet<String>,
+    /// Ends of sandboxes whose pods are no more.
+    removals: JoinSet<()>,
+    power: Nodes,
+}
+
+/// A pod's worker.
+struct Running {
+    node: String,
+    updates: watch::Sender<Update>,
 }
 
 impl Kubelets {
@@ -64,12 +77,14 @@ impl Kubelets {
         client: Client,
         state: State,
         shutdown: CancellationToken,
-    ) -> anyhow::Result<Self> {
+    ) -> anyhow::Result<(Self, Switch)> {
         let host = Arc::new(Host { client, state, shutdown });
         for node in &host.state.topology.nodes {
-            node::register(&host.client, node).await.with_context(|| format!("node {}", node.name))?;
+            node::register(&host.client, node, 0).await.with_context(|| format!("node {}", node.name))?;
         }
-        Ok(Self { host, pods: HashMap::new(), workers: JoinSet::new() })
+        let (power, switch) = Nodes::new();
+        let (workers, removals) = (JoinSet::new(), JoinSet::new());
+        Ok((Self { host, pods: HashMap::new(), workers, removals, power }, switch))
     }
 
     /// Runs pods until the lab ends; then ends them all.
@@ -98,8 +113,21 @@ impl Kubelets {
                     Err(error) => warn!(%error, "watch of pods"),
                 },
                 Some(ended) = self.workers.join_next() => match ended {
-                    Ok(uid) => { self.pods.remove(&uid); }
+                    Ok(uid) => {
+                        self.pods.remove(&uid);
+                        self.power.settle(&self.pods);
+                    }
                     Err(error) => warn!(%error, "a pod's worker panicked"),
+                },
+                Some(ended) = self.removals.join_next() => if let Err(error) = ended {
+                    warn!(%error, "removal of a sandbox");
+                },
+                command = self.power.next() => match command {
+                    Command::Off { node, done } => self.off(node, done),
+                    Command::On { node, done } => tokio::select! {
+                        () = self.on(node, done) => {}
+                        () = host.shutdown.cancelled() => break,
+                    },
                 },
                 () = host.shutdown.cancelled() => break,
             }
@@ -114,11 +142,16 @@ impl Kubelets {
     }
 
     fn apply(&mut self, pod: Pod) {
-        let uid = uid(&pod);
-        if let Some(updates) = self.pods.get(&uid) {
-            updates.send_replace(Update { pod: Arc::new(pod), gone: false });
+        if let Some(running) = self.pods.get(&uid(&pod)) {
+            let pod = Arc::new(pod);
+            running.updates.send_modify(|update| (update.pod, update.gone) = (pod, false));
             return;
         }
+        self.start(pod, Start::default());
+    }
+
+    /// Starts a pod, unless it is not for us to do.
+    fn start(&mut self, pod: Pod, start: Start) {
         if pod.metadata.annotations.as_ref().is_some_and(|all| all.contains_key(MIRROR_ANNOTATION)) {
             return;
         }
@@ -131,9 +164,15 @@ impl Kubelets {
         else {
             return;
         };
-        let (sender, receiver) = watch::channel(Update { pod: Arc::new(pod), gone: false });
-        self.pods.insert(uid.clone(), sender);
-        let worker = Worker::new(self.host.clone(), node, receiver);
+        // When it is started again, all its pods are.
+        if self.power.is_off(&node.name) {
+            return;
+        }
+        let uid = uid(&pod);
+        let (updates, receiver) = watch::channel(Update { pod: Arc::new(pod), gone: false, cut: false });
+        self.pods.insert(uid.clone(), Running { node: node.name.clone(), updates });
+        let start = Start { boot: self.power.boots(&node.name), ..start };
+        let worker = Worker::new(self.host.clone(), node, receiver, start);
         self.workers.spawn(async move {
             worker.run().await;
             uid
@@ -141,8 +180,8 @@ impl Kubelets {
     }
 
     fn gone(&mut self, uid: &str) {
-        if let Some(updates) = self.pods.get(uid) {
-            updates.send_modify(|update| update.gone = true);
+        if let Some(running) = self.pods.get(uid) {
+            running.updates.send_modify(|update| update.gone = true);
         }
     }
 }

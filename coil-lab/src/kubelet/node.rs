@@ -11,8 +11,8 @@ use tracing::warn;
 
 const NOT_READY: &str = "node.kubernetes.io/not-ready";
 
-/// Makes or updates the node's object and reports it ready.
-pub(super) async fn register(client: &Client, node: &Node) -> Result<(), Error> {
+/// Makes or updates the node's object and reports it ready; `boot` counts how often it was started again.
+pub(super) async fn register(client: &Client, node: &Node, boot: u32) -> Result<(), Error> {
     let nodes: Api<NodeObject> = Api::all(client.clone());
     let object = object(node);
     match serde_json::from_value(object.clone()) {
@@ -26,7 +26,7 @@ pub(super) async fn register(client: &Client, node: &Node) -> Result<(), Error> 
         },
         Err(error) => return Err(Error::SerdeError(error)),
     }
-    report(client, node).await?;
+    report(client, node, Some(boot)).await?;
     untaint(&nodes, &node.name).await
 }
 
@@ -49,14 +49,14 @@ pub(super) async fn heartbeats(client: Client, nodes: Vec<Node>) {
     loop {
         ticks.tick().await;
         for node in &nodes {
-            if let Err(error) = report(&client, node).await {
+            if let Err(error) = report(&client, node, None).await {
                 warn!(node = node.name, %error, "heartbeat");
             }
         }
     }
 }
 
-async fn report(client: &Client, node: &Node) -> Result<(), Error> {
+async fn report(client: &Client, node: &Node, boot: Option<u32>) -> Result<(), Error> {
     let nodes: Api<NodeObject> = Api::all(client.clone());
     let now = Timestamp::now();
     let since = nodes
@@ -68,7 +68,11 @@ async fn report(client: &Client, node: &Node) -> Result<(), Error> {
         .filter(|condition| condition.status == "True")
         .and_then(|condition| condition.last_transition_time)
         .map_or(now, |time| time.0);
-    let status = json!({ "status": status(node, since, now) });
+    let mut status = status(node, since, now);
+    if let Some(boot) = boot {
+        status["nodeInfo"]["bootID"] = json!(format!("{}-{boot}", node.name));
+    }
+    let status = json!({ "status": status });
     nodes.patch_status(&node.name, &PatchParams::default(), &Patch::Merge(&status)).await.map(|_| ())
 }
 
@@ -125,7 +129,6 @@ fn status(node: &Node, since: Timestamp, now: Timestamp) -> Value {
             "containerRuntimeVersion": "coil-lab://1",
             "machineID": node.name,
             "systemUUID": node.name,
-            "bootID": node.name,
         },
     })
 }

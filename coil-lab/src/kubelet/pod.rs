@@ -4,7 +4,7 @@ use super::Host;
 use super::account;
 use super::container::{self, Container, Phase, Restart, Setting};
 use super::events::{Events, News};
-use super::sandbox::Sandbox;
+use super::sandbox::{DELETE_ATTEMPTS, FIRST_BACKOFF, LONGEST_BACKOFF, Sandbox, SandboxError};
 use super::status::{self, Facts, Part};
 use crate::netns::Netns;
 use crate::state::write_json;
@@ -18,28 +18,36 @@ use serde_json::{Value, json};
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::sync::{Notify, mpsc, watch};
+use tokio::sync::{Notify, mpsc, oneshot, watch};
 use tracing::{Instrument, debug, info, info_span, warn};
 
-const FIRST_BACKOFF: Duration = Duration::from_millis(200);
-const LONGEST_BACKOFF: Duration = Duration::from_secs(3);
 /// How long containers get when the whole lab ends, or when the pod's object is gone already.
 const SHORT_GRACE: Duration = Duration::from_secs(1);
-/// How often CNI DEL is tried before the namespace is removed without it.
-const DELETE_ATTEMPTS: u32 = 5;
-
 /// What the watch says of a pod.
 #[derive(Clone)]
 pub(super) struct Update {
     pub(super) pod: Arc<Pod>,
     /// The object is no more.
     pub(super) gone: bool,
+    /// The node has no power: all that runs of the pod ends at once, and nobody tells anybody.
+    pub(super) cut: bool,
 }
 
 impl Update {
     fn ending(&self) -> bool {
         self.gone || self.pod.metadata.deletion_timestamp.is_some()
     }
+}
+
+/// How a worker begins.
+#[derive(Default)]
+pub(super) struct Start {
+    /// How often the node has been started again.
+    pub(super) boot: u32,
+    /// What the node had of the pod before.
+    pub(super) lost: Vec<Sandbox>,
+    /// Told once the API knows that nothing of the pod runs yet.
+    pub(super) told: Option<oneshot::Sender<()>>,
 }
 
 /// Runs one pod.
@@ -53,6 +61,9 @@ pub(super) struct Worker {
     namespace: String,
     uid: String,
     since: Timestamp,
+    start: Start,
+    /// Restarts of containers that had run before the node was started again, by name.
+    restarted: Vec<(String, i32)>,
     sandbox: Option<Sandbox>,
     /// Namespace and addresses of the sandbox; known also after a finished pod has given it back.
     network: Option<(Netns, Vec<IpAddr>)>,
@@ -65,7 +76,7 @@ pub(super) struct Worker {
 }
 
 impl Worker {
-    pub(super) fn new(host: Arc<Host>, node: Node, updates: watch::Receiver<Update>) -> Self {
+    pub(super) fn new(host: Arc<Host>, node: Node, updates: watch::Receiver<Update>, start: Start) -> Self {
         let pod = updates.borrow().pod.clone();
         let metadata = &pod.metadata;
         let namespace = metadata.namespace.clone().unwrap_or_default();
@@ -80,6 +91,8 @@ impl Worker {
             node,
             updates,
             since: Timestamp::now(),
+            restarted: if start.boot > 0 { restarted(&pod) } else { Vec::new() },
+            start,
             sandbox: None,
             network: None,
             init: Vec::new(),
@@ -93,25 +106,56 @@ impl Worker {
 
     pub(super) async fn run(mut self) {
         let span = info_span!("pod", namespace = self.namespace, name = self.name, node = self.node.name);
-        async {
-            let finished = matches!(
-                self.pod().status.as_ref().and_then(|status| status.phase.as_deref()),
-                Some("Succeeded" | "Failed")
-            );
-            if !finished {
-                self.live().await;
-                if !self.ending() {
-                    // What has done its work gives its network back at once; object and log stay.
-                    container::kill_pod(&self.uid);
-                    self.remove_sandbox().await;
-                    self.publish().await;
-                }
+        let mut power = self.updates.clone();
+        let cut = async {
+            // Without a sender nobody can say so.
+            if power.wait_for(|update| update.cut).await.is_err() {
+                std::future::pending::<()>().await;
             }
-            self.wait_for_end().await;
-            self.tear_down().await;
+        };
+        async {
+            let cut = tokio::select! {
+                () = self.whole_life() => false,
+                () = cut => true,
+            };
+            if cut {
+                self.power_off().await;
+            }
         }
         .instrument(span)
         .await;
+    }
+
+    /// Until nothing is left to do.
+    async fn whole_life(&mut self) {
+        let finished = matches!(
+            self.pod().status.as_ref().and_then(|status| status.phase.as_deref()),
+            Some("Succeeded" | "Failed")
+        );
+        if finished {
+            self.start.told = None;
+        } else {
+            self.live().await;
+            if !self.ending() {
+                // What has done its work gives its network back at once; object and log stay.
+                container::kill_pod(&self.uid);
+                self.remove_sandbox().await;
+                self.publish().await;
+            }
+        }
+        self.wait_for_end().await;
+        self.tear_down().await;
+    }
+
+    /// Everything ends at once. Records stay as they are: they are what a node finds when it starts again.
+    async fn power_off(&mut self) {
+        info!("no power");
+        let containers: Vec<Container> = self.containers.drain(..).chain(self.init.drain(..)).collect();
+        containers.iter().for_each(|container| container.stop(Duration::ZERO));
+        for container in containers {
+            container.ended().await;
+        }
+        container::kill_pod(&self.uid);
     }
 
     fn pod(&self) -> Arc<Pod> {
@@ -137,6 +181,9 @@ impl Worker {
     /// Sandbox, init containers, containers. Returns when the pod is to end or has done its work.
     async fn live(&mut self) {
         self.publish().await;
+        if self.start.told.take().is_some_and(|told| told.send(()).is_err()) {
+            debug!("nobody waits for this pod");
+        }
         if !self.make_sandbox().await {
             return;
         }
@@ -179,7 +226,7 @@ impl Worker {
             if self.ending() {
                 return false;
             }
-            match Sandbox::create(&self.host, &self.node, &pod, attempt).await {
+            match self.attempt(&pod, attempt).await {
                 Ok(sandbox) => {
                     info!(addresses = ?sandbox.addresses, attempt, "sandbox made");
                     self.wired(sandbox);
@@ -201,6 +248,15 @@ impl Worker {
         false
     }
 
+    /// One attempt at a sandbox, once those of before are no more.
+    async fn attempt(&mut self, pod: &Pod, attempt: u32) -> Result<Sandbox, SandboxError> {
+        while let Some(lost) = self.start.lost.last() {
+            lost.delete().await?;
+            self.start.lost.pop();
+        }
+        Sandbox::create(&self.host, &self.node, pod, (self.start.boot, attempt)).await
+    }
+
     fn wired(&mut self, sandbox: Sandbox) {
         self.network = Some((sandbox.netns.clone(), sandbox.addresses.clone()));
         self.sandbox = Some(sandbox);
@@ -218,7 +274,9 @@ impl Worker {
             changed: self.changed.clone(),
             news: self.news.clone(),
         };
-        Container::start(setting, spec, restart)
+        let before = self.restarted.iter().find(|(name, _)| *name == spec.name);
+        let restarts = before.map_or(0, |(_, restarts)| *restarts);
+        Container::start(setting, spec, restart, restarts)
     }
 
     /// Waits for the last init container. False: the pod is to end, or has failed.
@@ -311,19 +369,12 @@ impl Worker {
     }
 
     async fn remove_sandbox(&mut self) {
-        let Some(sandbox) = self.sandbox.take() else { return };
-        let mut backoff = FIRST_BACKOFF;
-        for attempt in 1..=DELETE_ATTEMPTS {
-            let Err(error) = sandbox.delete().await else { return };
-            let message = format!("{:#}", anyhow::Error::new(error));
-            warn!(attempt, message, "sandbox not removed");
-            let pod = self.pod();
-            self.events.tell(&pod, News::warning("FailedKillPod", message)).await;
-            tokio::time::sleep(backoff).await;
-            backoff = (backoff * 2).min(LONGEST_BACKOFF);
+        let pod = self.pod();
+        for sandbox in std::mem::take(&mut self.start.lost) {
+            sandbox.discard(u32::MAX, Some((&mut self.events, &pod))).await;
         }
-        if let Err(error) = sandbox.abandon() {
-            warn!(%error, "namespace not removed");
+        if let Some(sandbox) = self.sandbox.take() {
+            sandbox.discard(DELETE_ATTEMPTS, Some((&mut self.events, &pod))).await;
         }
     }
 
@@ -429,6 +480,14 @@ impl Worker {
                 .collect(),
         }
     }
+}
+
+/// Containers that have run, each restarted once more.
+fn restarted(pod: &Pod) -> Vec<(String, i32)> {
+    let status = pod.status.clone().unwrap_or_default();
+    let lists = [status.container_statuses, status.init_container_statuses];
+    let ran = lists.into_iter().flatten().flatten().filter(|container| container.container_id.is_some());
+    ran.map(|container| (container.name, container.restart_count + 1)).collect()
 }
 
 fn parts<'a>(specs: &'a [Spec], running: &'a [Container]) -> Vec<Part<'a>> {

@@ -1,6 +1,7 @@
 //! The network of one pod: a namespace of its own wired by CNI, or its node's.
 
 use super::Host;
+use super::events::{Events, News};
 use crate::cni::{Attachment, CniError};
 use crate::netns::{Netns, NetnsError};
 use crate::paths;
@@ -10,6 +11,15 @@ use std::io;
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
+use std::time::Duration;
+use tracing::warn;
+
+/// Pauses between attempts to make a sandbox or to remove it.
+pub(super) const FIRST_BACKOFF: Duration = Duration::from_millis(200);
+/// Longest pause.
+pub(super) const LONGEST_BACKOFF: Duration = Duration::from_secs(3);
+/// How often CNI DEL is tried before the namespace is removed without it.
+pub(super) const DELETE_ATTEMPTS: u32 = 5;
 
 /// What can go wrong.
 #[derive(Debug, thiserror::Error)]
@@ -59,12 +69,24 @@ impl Sandbox {
         }
     }
 
-    /// Makes a namespace and wires it up. What a failed attempt has made is removed again.
+    /// What is recorded of sandboxes on a node, with the UIDs of their pods: all of them are lost when it starts.
+    pub(super) fn recorded(node: &Node) -> Vec<(String, Self)> {
+        let of_node = Attachment::all().into_iter().filter(|one| one.node_netns == node.netns);
+        of_node
+            .map(|attachment| {
+                let (uid, netns) = (attachment.uid.clone(), attachment.netns.clone());
+                (uid, Self { netns, addresses: Vec::new(), attachment: Some(attachment) })
+            })
+            .collect()
+    }
+
+    /// Makes a namespace and wires it up. What a failed attempt has made is removed again. No attempt of no start of
+    /// the node has the same identifier.
     pub(super) async fn create(
         host: &Host,
         node: &Node,
         pod: &Pod,
-        attempt: u32,
+        (boot, attempt): (u32, u32),
     ) -> Result<Self, SandboxError> {
         let uid = pod.metadata.uid.clone().unwrap_or_default();
         let short = uid.replace('-', "");
@@ -74,7 +96,7 @@ impl Sandbox {
             .and_then(|text| Ok(serde_json::from_slice(&text)?))
             .map_err(|source| SandboxError::Config { path, source })?;
         let mut attachment = Attachment {
-            container_id: format!("{short}{attempt:08x}"),
+            container_id: format!("{short}{boot:04x}{attempt:04x}"),
             namespace: pod.metadata.namespace.clone().unwrap_or_default(),
             name: pod.metadata.name.clone().unwrap_or_default(),
             uid,
@@ -118,8 +140,26 @@ impl Sandbox {
         Ok(())
     }
 
+    /// Undoes it, after so many attempts without the help of CNI; tells the pod of those that have failed.
+    pub(super) async fn discard(&self, attempts: u32, mut told: Option<(&mut Events, &Pod)>) {
+        let mut backoff = FIRST_BACKOFF;
+        for attempt in 1..=attempts {
+            let Err(error) = self.delete().await else { return };
+            let message = format!("{:#}", anyhow::Error::new(error));
+            warn!(attempt, message, "sandbox not removed");
+            if let Some((events, pod)) = &mut told {
+                events.tell(pod, News::warning("FailedKillPod", message)).await;
+            }
+            tokio::time::sleep(backoff).await;
+            backoff = (backoff * 2).min(LONGEST_BACKOFF);
+        }
+        if let Err(error) = self.abandon() {
+            warn!(%error, "namespace not removed");
+        }
+    }
+
     /// Removes the namespace whatever CNI says.
-    pub(super) fn abandon(&self) -> Result<(), SandboxError> {
+    fn abandon(&self) -> Result<(), SandboxError> {
         if self.attachment.is_some() {
             self.netns.remove()?;
         }

@@ -2,23 +2,27 @@
 
 use crate::netns::Netns;
 use crate::state::State;
+use crate::topology::Node;
 use crate::{bird, paths, target};
 use anyhow::Context;
+use std::collections::HashMap;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::Duration;
-use tokio::task::JoinSet;
+use tokio::task::{AbortHandle, JoinSet};
 use tracing::warn;
 
 /// The processes.
 pub(super) struct Background {
     state: State,
     tasks: JoinSet<anyhow::Result<()>>,
+    /// What runs on nodes.
+    nodes: HashMap<String, AbortHandle>,
 }
 
 impl Background {
     pub(super) fn new(state: &State) -> Self {
-        Self { state: state.clone(), tasks: JoinSet::new() }
+        Self { state: state.clone(), tasks: JoinSet::new(), nodes: HashMap::new() }
     }
 
     /// The HTTP and echo servers of the external host.
@@ -32,35 +36,57 @@ impl Background {
             argv.push(address.to_string().into());
         }
         let namespace = topology.external.netns.clone();
-        self.keep_running("external", namespace, argv)
+        self.keep_running("external", namespace, argv).map(drop)
     }
 
     /// BIRD on every node and on the router.
     pub(super) fn routing(&mut self) -> anyhow::Result<()> {
-        let program = bird::program().context("bird is not installed (Debian package bird2)")?;
         let topology = self.state.topology.clone();
-        let mut instances = vec![(topology.router.clone(), bird::router_folder(), bird::router(&topology))];
-        for (node, number) in topology.nodes.iter().zip(1..) {
-            instances.push((node.netns.clone(), paths::node(&node.name), bird::node(node, number)));
-        }
-        for (namespace, folder, configuration) in instances {
-            std::fs::create_dir_all(&folder)
-                .with_context(|| format!("cannot create {}", folder.display()))?;
-            let path = folder.join("bird.conf");
-            std::fs::write(&path, configuration)
-                .with_context(|| format!("cannot write {}", path.display()))?;
-            let name = format!("bird-{}", folder.file_name().unwrap_or_default().display());
-            self.keep_running(&name, namespace, bird::command(program.clone(), folder))?;
-        }
+        self.bird(topology.router.clone(), bird::router_folder(), bird::router(&topology))?;
+        topology.nodes.iter().try_for_each(|node| self.routing_of(node))
+    }
+
+    /// BIRD on a node.
+    pub(super) fn routing_of(&mut self, node: &Node) -> anyhow::Result<()> {
+        let nodes = &self.state.topology.nodes;
+        let number = 1 + nodes.iter().take_while(|other| other.name != node.name).count();
+        let task = self.bird(node.netns.clone(), paths::node(&node.name), bird::node(node, number))?;
+        self.nodes.insert(node.name.clone(), task);
         Ok(())
     }
 
+    /// Ends what runs on a node, without a chance to say good-bye.
+    pub(super) fn stop(&mut self, node: &Node) {
+        if let Some(task) = self.nodes.remove(&node.name) {
+            task.abort();
+        }
+    }
+
+    fn bird(
+        &mut self,
+        namespace: Netns,
+        folder: PathBuf,
+        configuration: String,
+    ) -> anyhow::Result<AbortHandle> {
+        let program = bird::program().context("bird is not installed (Debian package bird2)")?;
+        std::fs::create_dir_all(&folder).with_context(|| format!("cannot create {}", folder.display()))?;
+        let path = folder.join("bird.conf");
+        std::fs::write(&path, configuration).with_context(|| format!("cannot write {}", path.display()))?;
+        let name = format!("bird-{}", folder.file_name().unwrap_or_default().display());
+        self.keep_running(&name, namespace, bird::command(program, folder))
+    }
+
     /// Starts a program and restarts it whenever it ends.
-    fn keep_running(&mut self, name: &str, namespace: Netns, argv: Vec<PathBuf>) -> anyhow::Result<()> {
+    fn keep_running(
+        &mut self,
+        name: &str,
+        namespace: Netns,
+        argv: Vec<PathBuf>,
+    ) -> anyhow::Result<AbortHandle> {
         let state = self.state.clone();
         let name = name.to_owned();
         let mut child = start(&state, &name, &namespace, &argv)?;
-        self.tasks.spawn(async move {
+        let task = self.tasks.spawn(async move {
             loop {
                 let status = child.wait().await.with_context(|| format!("waiting for {name}"))?;
                 warn!(name, %status, "ended; starting it again");
@@ -68,14 +94,18 @@ impl Background {
                 child = start(&state, &name, &namespace, &argv)?;
             }
         });
-        Ok(())
+        Ok(task)
     }
 
     /// Ends only if a process cannot be kept running.
     pub(super) async fn failed(&mut self) -> anyhow::Result<()> {
-        match self.tasks.join_next().await {
-            Some(ended) => ended?,
-            None => std::future::pending().await,
+        loop {
+            match self.tasks.join_next().await {
+                // Its node has no power.
+                Some(Err(error)) if error.is_cancelled() => {}
+                Some(ended) => return ended?,
+                None => std::future::pending::<()>().await,
+            }
         }
     }
 }

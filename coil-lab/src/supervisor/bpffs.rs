@@ -2,6 +2,7 @@
 
 use crate::paths;
 use crate::state::State;
+use crate::topology::Node;
 use anyhow::Context;
 use nix::mount::{MsFlags, mount};
 use std::path::Path;
@@ -15,11 +16,13 @@ pub(super) fn prepare(state: &State) -> anyhow::Result<()> {
         mount(Some(paths::BPFFS_SOURCE), root, Some("bpf"), MsFlags::empty(), Some("mode=700"))
             .with_context(|| format!("cannot mount the BPF file system on {}", root.display()))?;
     }
-    for node in &state.topology.nodes {
-        let folder = paths::node_pins(&node.name);
-        std::fs::create_dir_all(&folder).with_context(|| format!("cannot create {}", folder.display()))?;
-    }
-    Ok(())
+    state.topology.nodes.iter().try_for_each(folder)
+}
+
+/// Makes the folder of a node.
+pub(super) fn folder(node: &Node) -> anyhow::Result<()> {
+    let folder = paths::node_pins(&node.name);
+    std::fs::create_dir_all(&folder).with_context(|| format!("cannot create {}", folder.display()))
 }
 
 fn is_bpffs(path: &Path) -> anyhow::Result<bool> {

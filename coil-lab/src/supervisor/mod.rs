@@ -4,8 +4,10 @@
 mod api;
 mod background;
 mod bpffs;
+pub(crate) mod control;
 mod control_plane;
 mod objects;
+mod reboot;
 
 use crate::kubelet::Kubelets;
 use crate::options::Networking;
@@ -112,10 +114,12 @@ async fn run() -> anyhow::Result<()> {
         }
     };
     progress("registering nodes and custom resources");
-    let kubelets = Kubelets::register(api.client.clone(), state.clone(), shutdown.clone()).await?;
+    let (kubelets, switch) = Kubelets::register(api.client.clone(), state.clone(), shutdown.clone()).await?;
     let mut kubelets = tokio::spawn(kubelets.run());
 
+    let mut asked = control::listen()?;
     let client = api.client.clone();
+    let lab = state.clone();
     let ready = async {
         objects::definitions(&client, &state.options.crds).await?;
         if state.options.programs.is_some() {
@@ -128,16 +132,28 @@ async fn run() -> anyhow::Result<()> {
         tell(&Message::Ready);
         std::future::pending::<anyhow::Result<()>>().await
     };
-    let ended = tokio::select! {
-        ended = ready => ended,
-        _ = terminate.recv() => {
-            info!("told to end");
-            Ok(())
+    tokio::pin!(ready);
+    let ended = loop {
+        let (request, answer) = tokio::select! {
+            ended = &mut ready => break ended,
+            _ = terminate.recv() => {
+                info!("told to end");
+                break Ok(());
+            }
+            ended = background.failed() => break ended,
+            ended = api.failed() => break ended,
+            ended = &mut kubelets => break ended?,
+            Some(ended) = controllers.join_next() => break ended.context("a controller"),
+            Some(asked) = asked.recv() => asked,
+        };
+        let control::Request::Reboot(node) = request;
+        let done = tokio::select! {
+            done = reboot::reboot(&lab, &client, &mut background, &switch, &node) => done,
+            _ = terminate.recv() => break Ok(()),
+        };
+        if answer.send(done.map_err(|error| format!("{error:#}"))).is_err() {
+            info!(node, "who asked for a reboot is gone");
         }
-        ended = background.failed() => ended,
-        ended = api.failed() => ended,
-        ended = &mut kubelets => ended?,
-        Some(ended) = controllers.join_next() => ended.context("a controller"),
     };
     shutdown.cancel();
     if !kubelets.is_finished() {

@@ -4,7 +4,8 @@ use crate::options::Networking;
 use crate::state::State;
 use anyhow::{Context, bail};
 use ipnet::IpNet;
-use kube::api::{Api, DynamicObject, Patch, PatchParams};
+use k8s_openapi::api::core::v1::Pod;
+use kube::api::{Api, DynamicObject, ListParams, Patch, PatchParams};
 use kube::core::GroupVersionKind;
 use kube::{Client, ResourceExt, discovery};
 use serde_json::{Value, json};
@@ -106,6 +107,33 @@ pub(super) async fn coil_ready(client: &Client, state: &State) -> anyhow::Result
         }
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
+}
+
+/// Waits until Coil's own pods on a node are ready.
+pub(super) async fn coil_ready_on(client: &Client, state: &State, node: &str) -> anyhow::Result<()> {
+    let pods: Api<Pod> = Api::namespaced(client.clone(), "kube-system");
+    let selector = ListParams::default().labels("app.kubernetes.io/name=coil");
+    let limit = Duration::from_secs(state.options.wait_seconds);
+    let begun = Instant::now();
+    loop {
+        let list = pods.list(&selector).await.context("listing the pods of Coil")?.items;
+        let bound = |pod: &&Pod| pod.spec.as_ref().and_then(|spec| spec.node_name.as_deref()) == Some(node);
+        let here: Vec<&Pod> = list.iter().filter(bound).collect();
+        let waiting: Vec<_> = here.iter().filter(|pod| !ready(pod)).map(|pod| pod.name_any()).collect();
+        // A node that was deleted has none until the control plane knows it again.
+        if waiting.is_empty() && !here.is_empty() {
+            return Ok(());
+        }
+        if begun.elapsed() > limit {
+            bail!("not ready on {node} after {} s: {}", limit.as_secs(), waiting.join(", "));
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+}
+
+fn ready(pod: &Pod) -> bool {
+    let conditions = pod.status.as_ref().and_then(|status| status.conditions.as_ref());
+    conditions.into_iter().flatten().any(|condition| condition.type_ == "Ready" && condition.status == "True")
 }
 
 /// Applies the objects of a manifest in order.

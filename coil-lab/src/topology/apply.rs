@@ -1,6 +1,6 @@
 //! Makes the planned network with iproute2 batches.
 
-use super::Topology;
+use super::{Node, Topology};
 use crate::netns::{Netns, NetnsError};
 use std::io::{self, Write};
 use std::process::{Command, Stdio};
@@ -62,15 +62,57 @@ pub enum ApplyError {
 /// Makes namespaces, links, addresses and routes.
 pub fn apply(topology: &Topology) -> Result<(), ApplyError> {
     for namespace in topology.namespaces() {
-        namespace.create()?;
-        namespace
-            .sysctls(&FORWARDING)?
-            .map_err(|source| ApplyError::Sysctl { namespace: namespace.clone(), source })?;
+        create(namespace)?;
     }
     for (namespace, lines) in batches(topology) {
         batch(namespace, &lines)?;
     }
     Ok(())
+}
+
+/// Takes a node's link away, at both ends. One that is not there is no error.
+pub fn unplug(topology: &Topology, node: &Node) -> Result<(), ApplyError> {
+    let link = node.router_link.as_str();
+    // The kernel knows no such name in the router's namespace: the link is gone.
+    if topology.router.run(|| nix::net::if_::if_nametoindex(link))?.is_err() {
+        return Ok(());
+    }
+    batch(&topology.router, &[format!("link del {link}")])
+}
+
+/// Makes a node's namespace, link, addresses and routes anew.
+pub fn plug(topology: &Topology, node: &Node) -> Result<(), ApplyError> {
+    create(&node.netns)?;
+    batch(&topology.router, &at_router(node))?;
+    batch(&node.netns, &at_node(node))
+}
+
+fn create(namespace: &Netns) -> Result<(), ApplyError> {
+    namespace.create()?;
+    namespace
+        .sysctls(&FORWARDING)?
+        .map_err(|source| ApplyError::Sysctl { namespace: namespace.clone(), source })
+}
+
+/// Commands for a node's link in the router's namespace; they make the node's end as well.
+fn at_router(node: &Node) -> Vec<String> {
+    let link = &node.router_link;
+    let mut lines = vec![pair(link, "eth0", &node.netns)];
+    up(&mut lines, link, &node.gateways);
+    for net in &node.pod_cidrs {
+        if let Some(via) = node.addresses.iter().find(|via| same_family(via, net)) {
+            lines.push(format!("route add {net} via {} dev {link}", via.addr()));
+        }
+    }
+    lines
+}
+
+/// Commands in a node's namespace.
+fn at_node(node: &Node) -> Vec<String> {
+    let mut lines = vec!["link set lo up".to_owned()];
+    up(&mut lines, "eth0", &node.addresses);
+    defaults(&mut lines, &node.gateways);
+    lines
 }
 
 /// The commands per namespace. The router's come first: they make both ends of each link.
@@ -82,18 +124,8 @@ fn batches(topology: &Topology) -> Vec<(&Netns, Vec<String>)> {
         router.push(format!("addr add {address} dev lo nodad"));
     }
     for node in &topology.nodes {
-        let link = &node.router_link;
-        router.push(pair(link, "eth0", &node.netns));
-        up(&mut router, link, &node.gateways);
-        for net in &node.pod_cidrs {
-            if let Some(via) = node.addresses.iter().find(|via| same_family(via, net)) {
-                router.push(format!("route add {net} via {} dev {link}", via.addr()));
-            }
-        }
-        let mut lines = vec!["link set lo up".to_owned()];
-        up(&mut lines, "eth0", &node.addresses);
-        defaults(&mut lines, &node.gateways);
-        others.push((&node.netns, lines));
+        router.extend(at_router(node));
+        others.push((&node.netns, at_node(node)));
     }
 
     let link = "to-external";

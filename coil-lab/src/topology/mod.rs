@@ -11,7 +11,7 @@
 
 mod apply;
 
-pub use apply::{ApplyError, apply};
+pub use apply::{ApplyError, apply, plug, unplug};
 
 use crate::netns::Netns;
 use crate::options::{Family, Networking};
@@ -37,7 +37,7 @@ pub struct Topology {
     pub api_addresses: Vec<IpAddr>,
     /// The outside world.
     pub external: External,
-    /// Addresses of pods that Coil gives out: the subnet of the pool `default`, with at most one of each family. Empty
+    /// Addresses of pods that Coil hands out: the subnet of the pool `default`, with at most one of each family. Empty
     /// without Coil's own pod networking.
     #[serde(default)]
     pub pool: Vec<IpNet>,

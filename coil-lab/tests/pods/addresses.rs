@@ -21,7 +21,6 @@ scenarios! {
     egress_works_with_addresses_of_our_own,
     e11_without_pods_there_are_no_blocks,
     e13_a_pool_that_nobody_uses_can_go,
-    blocks_of_a_deleted_node_go,
 }
 
 pub(crate) const NODES: [&str; 3] = ["worker1", "worker2", "worker3"];
@@ -66,12 +65,17 @@ pub(crate) async fn exported(lab: &Lab, node: &str) -> Result<BTreeSet<String>> 
     Ok(nets)
 }
 
+/// Names of the lab's nodes.
+fn nodes(lab: &Lab) -> impl Iterator<Item = &str> {
+    lab.topology().nodes.iter().map(|node| node.name.as_str())
+}
+
 /// Servers on all nodes.
-pub(crate) async fn servers(lab: &Lab) -> Result<()> {
-    let manifest: String = NODES.iter().map(|node| server(NAMESPACE, &format!("on-{node}"), node)).collect();
+pub(crate) async fn servers(lab: &Lab, namespace: &str) -> Result<()> {
+    let manifest: String = nodes(lab).map(|node| server(namespace, &format!("on-{node}"), node)).collect();
     apply(lab, &manifest).await?;
-    for node in NODES {
-        wait_for(lab, "condition=Ready", NAMESPACE, &["pod", &format!("on-{node}")]).await?;
+    for node in nodes(lab) {
+        wait_for(lab, "condition=Ready", namespace, &["pod", &format!("on-{node}")]).await?;
     }
     Ok(())
 }
@@ -80,17 +84,20 @@ pub(crate) async fn of(lab: &Lab, name: &str) -> Result<Addresses> {
     Addresses::of(lab, &["--namespace", NAMESPACE, "pod", name]).await
 }
 
-/// Each pod reaches each other one in both families, and is seen with its own address.
-pub(crate) async fn all_talk(lab: &Lab) -> Result<()> {
-    for from in NODES {
-        let name = format!("on-{from}");
-        let own = of(lab, &name).await?;
-        for to in NODES.iter().filter(|node| **node != from) {
-            let other = of(lab, &format!("on-{to}")).await?;
-            for family in INTERNET.map(ip) {
+/// Each server reaches each other one in all families, and is seen with its own address.
+pub(crate) async fn all_talk(lab: &Lab, namespace: &str) -> Result<()> {
+    let on = async |node: &str| {
+        Addresses::of(lab, &["--namespace", namespace, "pod", &format!("on-{node}")]).await
+    };
+    for from in nodes(lab) {
+        let place = pod(namespace, &format!("on-{from}"));
+        let own = on(from).await?;
+        for to in nodes(lab).filter(|node| *node != from) {
+            let other = on(to).await?;
+            for family in INTERNET.map(ip).into_iter().filter(|server| lab.options().family.has(*server)) {
                 let address = SocketAddr::new(other.like(family)?, HTTP).to_string();
                 let seen: Peer = until(&format!("{from} reaches {to}"), || async {
-                    ask(lab, &pod(NAMESPACE, &name), &["--timeout", "4", "peer", &address]).await
+                    ask(lab, &place, &["--timeout", "4", "peer", &address]).await
                 })
                 .await?;
                 ensure!(seen.peer == own.like(family)?, "{from} was seen as {} at {to}", seen.peer);
@@ -107,8 +114,8 @@ async fn e7_every_pod_of_coil_is_ready(lab: &Lab) -> Result<()> {
 
 /// Pods on three nodes, from a pool of both families, without any translation between them.
 async fn e8_pods_of_different_nodes_talk(lab: &Lab) -> Result<()> {
-    servers(lab).await?;
-    all_talk(lab).await
+    servers(lab, NAMESPACE).await?;
+    all_talk(lab, NAMESPACE).await
 }
 
 async fn e10_exported_routes_are_the_blocks_of_the_node(lab: &Lab) -> Result<()> {
@@ -141,7 +148,7 @@ async fn e9_a_restarted_coild_keeps_pods_and_blocks(lab: &Lab) -> Result<()> {
         let after = blocks(lab, node).await?;
         ensure!(after == *before, "{node} had {before:?} and has {after:?}");
     }
-    all_talk(lab).await?;
+    all_talk(lab, NAMESPACE).await?;
     apply(lab, &server(NAMESPACE, "late", NODES[0])).await?;
     wait_for(lab, "condition=Ready", NAMESPACE, &["pod", "late"]).await?;
     let pods = get(lab, &["--namespace", NAMESPACE, "pods"]).await?;
@@ -153,7 +160,7 @@ async fn e9_a_restarted_coild_keeps_pods_and_blocks(lab: &Lab) -> Result<()> {
         .collect();
     let different: BTreeSet<_> = addresses.iter().collect();
     ensure!(addresses.len() == 8 && different.len() == 8, "{addresses:?}");
-    all_talk(lab).await
+    all_talk(lab, NAMESPACE).await
 }
 
 async fn egress_works_with_addresses_of_our_own(lab: &Lab) -> Result<()> {
@@ -204,18 +211,4 @@ async fn e13_a_pool_that_nobody_uses_can_go(lab: &Lab) -> Result<()> {
     let left = get(lab, &["addresspools"]).await?;
     ensure!(left["items"].as_array().map(Vec::len) == Some(1), "{left}");
     Ok(())
-}
-
-/// Last, since the node does not come back.
-async fn blocks_of_a_deleted_node_go(lab: &Lab) -> Result<()> {
-    apply(lab, &server("gone", "one", NODES[2])).await?;
-    wait_for(lab, "condition=Ready", "gone", &["pod", "one"]).await?;
-    ensure!(!blocks(lab, NODES[2]).await?.is_empty(), "no blocks");
-    kubectl(lab, &["delete", "node", NODES[2]], "").await?;
-    until("the blocks of the node are gone", || async {
-        let blocks = blocks(lab, NODES[2]).await?;
-        ensure!(blocks.is_empty(), "{blocks:?}");
-        Ok(())
-    })
-    .await
 }

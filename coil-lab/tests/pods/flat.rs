@@ -26,14 +26,14 @@ const PROTOCOL: &str = "31";
 const BARRIER: &str = "50";
 
 async fn e12_coil_router_routes_over_a_flat_network(lab: &Lab) -> Result<()> {
-    servers(lab).await?;
-    all_talk(lab).await?;
+    servers(lab, NAMESPACE).await?;
+    all_talk(lab, NAMESPACE).await?;
     let done = over_the_link(lab).await;
     let undone = undo(lab).await;
     done?;
     undone?;
     // By BIRD as before.
-    all_talk(lab).await?;
+    all_talk(lab, NAMESPACE).await?;
     remove(lab, &[NAMESPACE]).await
 }
 
@@ -63,7 +63,7 @@ async fn over_the_link(lab: &Lab) -> Result<()> {
     let routers = ["pod", "--selector", "app.kubernetes.io/component=coil-router"];
     wait_for(lab, "condition=Ready", "kube-system", &routers).await?;
 
-    all_talk(lab).await?;
+    all_talk(lab, NAMESPACE).await?;
     follow(lab).await?;
     // One more block of another node, and its end.
     let more = blocks(lab, NODES[2]).await?;
@@ -89,7 +89,7 @@ async fn over_the_link(lab: &Lab) -> Result<()> {
         Ok(())
     })
     .await?;
-    all_talk(lab).await
+    all_talk(lab, NAMESPACE).await
 }
 
 /// Each node has exactly the blocks of the others in its main table, by way of the node that has them, and says so in

@@ -11,8 +11,10 @@ mod addresses;
 mod adoption;
 mod by_hand;
 mod clock;
+mod families;
 mod flat;
 mod killed;
+mod nodes;
 mod outage;
 
 use std::process::ExitCode;
@@ -23,8 +25,7 @@ use coil_lab::{Family, Options};
 use support::Group;
 
 fn main() -> ExitCode {
-    let options =
-        Options { nodes: 3, family: Family::Dual, networking: Networking::Coil, ..support::options() };
+    let with = |nodes, family| Options { nodes, family, networking: Networking::Coil, ..support::options() };
     let scenarios = [
         flat::scenarios(),
         adoption::scenarios(),
@@ -32,9 +33,14 @@ fn main() -> ExitCode {
         outage::scenarios(),
         clock::scenarios(),
         addresses::scenarios(),
+        nodes::scenarios(),
     ]
     .into_iter()
     .flatten()
     .collect();
-    support::main(vec![Group { name: "", options, scenarios }])
+    support::main(vec![
+        Group { name: "", options: with(3, Family::Dual), scenarios },
+        Group { name: "v4", options: with(2, Family::V4), scenarios: families::scenarios() },
+        Group { name: "v6", options: with(2, Family::V6), scenarios: families::scenarios() },
+    ])
 }
