@@ -37,7 +37,12 @@ pub const LAB: &[Tool] = &[
 ];
 
 /// What the tests run besides: a container runtime, and clocks that jump. Podman of Debian 12 is the last with a CNI backend.
-pub const TEST: &[Tool] = &[tool("podman", "podman"), tool("runc", "runc"), tool("faketime", "faketime")];
+pub const TEST: &[Tool] = &[
+    tool("podman", "podman"),
+    tool("runc", "runc"),
+    tool("faketime", "faketime"),
+    tool("/usr/lib/frr/bgpd", "frr"),
+];
 
 /// What the benchmarks run besides.
 pub const BENCH: &[Tool] = &[tool("iperf3", "iperf3")];

@@ -13,6 +13,7 @@ mod by_hand;
 mod clock;
 mod families;
 mod flat;
+mod frr;
 mod killed;
 mod nodes;
 mod outage;
@@ -28,6 +29,7 @@ fn main() -> ExitCode {
     let with = |nodes, family| Options { nodes, family, networking: Networking::Coil, ..support::options() };
     let scenarios = [
         flat::scenarios(),
+        frr::scenarios(),
         adoption::scenarios(),
         killed::scenarios(),
         outage::scenarios(),
