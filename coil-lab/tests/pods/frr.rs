@@ -27,15 +27,15 @@ const RECORDS: &str = "/var/tmp/frr";
 const PROTOCOL: &str = "11";
 
 async fn pods_talk_by_frr(lab: &Lab) -> Result<()> {
-    servers(lab).await?;
-    all_talk(lab).await?;
+    servers(lab, NAMESPACE).await?;
+    all_talk(lab, NAMESPACE).await?;
     let done = instead_of_bird(lab).await;
     for node in NODES {
         exec(lab, &Target::Node(node.to_owned()), &["ip", "nexthop", "flush", "proto", PROTOCOL]).await?;
     }
     bird(lab, "enable").await?;
     done?;
-    all_talk(lab).await?;
+    all_talk(lab, NAMESPACE).await?;
     remove(lab, &[NAMESPACE]).await
 }
 
@@ -61,7 +61,7 @@ async fn instead_of_bird(lab: &Lab) -> Result<()> {
 }
 
 async fn carried(lab: &Lab) -> Result<()> {
-    all_talk(lab).await?;
+    all_talk(lab, NAMESPACE).await?;
     let mut all = BTreeSet::new();
     for node in NODES {
         all.extend(blocks(lab, node).await?);
@@ -69,10 +69,10 @@ async fn carried(lab: &Lab) -> Result<()> {
     all.retain(|net| !net.contains(':'));
     learnt(lab, &all).await?;
     // What a node gives back is told of no more.
-    crate::support::remove(lab, &[NAMESPACE]).await?;
+    remove(lab, &[NAMESPACE]).await?;
     learnt(lab, &BTreeSet::new()).await?;
-    servers(lab).await?;
-    all_talk(lab).await
+    servers(lab, NAMESPACE).await?;
+    all_talk(lab, NAMESPACE).await
 }
 
 /// Waits until the router has learnt of these and of nothing else.
