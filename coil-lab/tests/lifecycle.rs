@@ -6,6 +6,7 @@ use coil_lab::drive::{apply, exec, get, kubectl, pod, until, wait_for};
 use coil_lab::netns::Netns;
 use coil_lab::report::{Peer, Transfer};
 use coil_lab::{Family, Lab, Options, Target, drive, paths, process};
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -202,6 +203,60 @@ fn kill_9_of_anything_leaves_nothing() {
         assert!(other.unwrap_err().to_string().contains("other options"));
         Lab::down(|_| {})?;
         nothing_left();
+        Ok(())
+    });
+}
+
+/// A node loses its power: what ran there runs again with a network of its own, what is elsewhere or done does not
+/// notice, and nothing of before is left.
+#[test]
+#[ignore = "privileged: makes network namespaces"]
+fn a_node_that_starts_again_runs_its_pods_again() {
+    run(|| async {
+        let lab = Lab::up(options(Family::Dual), |_| {}).await?;
+        let done = runner("done", "worker1", "exit 0")
+            .replace("  containers:", "  restartPolicy: Never\n  containers:");
+        let manifest = runner("a", "worker1", "setsid sleep 1000 & exec sleep 1000")
+            + &runner("b", "worker2", "exec sleep 1000")
+            + &done;
+        apply(&lab, &manifest).await?;
+        wait_for(&lab, "condition=Ready", "default", &["pod", "a", "b"]).await?;
+        let over = || async {
+            let found = get(&lab, &["pod", "done"]).await?;
+            anyhow::ensure!(found["status"]["phase"] == "Succeeded", "{}", found["status"]);
+            Ok(())
+        };
+        until("its work is done", over).await?;
+        let record = |name: &str| lab.status().pods.into_iter().find(|pod| pod.name == name).unwrap();
+        let inode = |netns: &Netns| std::fs::metadata(netns.path()).unwrap().ino();
+        let node = lab.topology().node("worker1").unwrap().netns.clone();
+        let (a, b) = (record("a"), record("b"));
+        let before = (inode(&node), inode(&a.netns), process::with_variable("COIL_LAB_POD", Some(&a.uid)));
+        assert_eq!(before.2.len(), 2);
+
+        lab.reboot("worker1").await?;
+        assert!(before.2.iter().all(|process| !process.alive()), "a process has outlived the node");
+        wait_for(&lab, "condition=Ready", "default", &["pod", "a", "b"]).await?;
+        assert_ne!((inode(&node), inode(&record("a").netns)), (before.0, before.1));
+        assert_eq!(record("b"), b);
+        over().await?;
+        for (name, restarts) in [("a", 1), ("b", 0)] {
+            let found = get(&lab, &["pod", name]).await?;
+            assert_eq!(found["status"]["containerStatuses"][0]["restartCount"], restarts, "{name}");
+        }
+        for to in &b.addresses {
+            exec(&lab, &pod("default", "a"), &["ping", "-c1", "-W2", &to.to_string()]).await?;
+        }
+        let names = std::fs::read_dir(paths::cni().join("host-local/worker1/coil-lab"))?;
+        let mut used: Vec<std::net::IpAddr> =
+            names.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect();
+        used.sort();
+        let mut addresses = record("a").addresses;
+        addresses.sort();
+        assert_eq!(used, addresses, "addresses that are in use");
+
+        let refused = lab.reboot("worker9").await.unwrap_err().to_string();
+        assert!(refused.contains("there is no node worker9"), "{refused}");
         Ok(())
     });
 }

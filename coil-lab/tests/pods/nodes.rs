@@ -5,6 +5,7 @@ use std::os::unix::fs::MetadataExt;
 
 use anyhow::{Context, Result, ensure};
 use coil_lab::drive::{apply, exec, get, kubectl, until, wait_for};
+use coil_lab::footprint::{Footprint, nothing_left};
 use coil_lab::{Lab, Target};
 use ipnet::IpNet;
 use serde_json::Value;
@@ -14,6 +15,7 @@ use crate::support::{INTERNET, client, egress, ip, on_node, remove, scenarios, t
 
 scenarios! {
     a_node_that_starts_again_starts_from_nothing,
+    a_node_starts_again_in_the_middle_of_adds_and_dels,
     a_deleted_node_loses_its_blocks_and_comes_back,
 }
 
@@ -93,6 +95,61 @@ async fn a_node_that_starts_again_starts_from_nothing(lab: &Lab) -> Result<()> {
     let pod = get(lab, &["--namespace", NAMESPACE, "pod", &name]).await?;
     ensure!(pod["status"]["containerStatuses"][0]["restartCount"] == 1, "{}", pod["status"]);
     remove(lab, &[NAMESPACE, "dark-client", "dark-egress"]).await
+}
+
+/// Pods of the scenario of this name.
+const MANY: usize = 16;
+
+/// The power goes while pods are made, and again while they are removed: in the end each has an address of its own, and
+/// then nothing is left of any.
+async fn a_node_starts_again_in_the_middle_of_adds_and_dels(lab: &Lab) -> Result<()> {
+    let clean = until("the node has no pods", || async {
+        ensure!(
+            blocks(lab, DARK).await?.is_empty() && exported(lab, DARK).await?.is_empty(),
+            "it has blocks"
+        );
+        Footprint::of(lab, DARK).await
+    })
+    .await?;
+    let manifest: String = (0..MANY).map(|number| client("many", &format!("p{number}"), DARK, &[])).collect();
+    apply(lab, &manifest).await?;
+    let count = async || Ok::<_, anyhow::Error>(addresses(lab, DARK).await?.len() / 2);
+    until("some have their networks", || async {
+        let count = count().await?;
+        ensure!(count > 0, "none yet");
+        Ok(())
+    })
+    .await?;
+    let wired = count().await?;
+    lab.reboot(DARK).await?;
+    wait_for(lab, "condition=Ready", "many", &["pod", "--all"]).await?;
+    // A set, so that each counts once.
+    let addresses = addresses(lab, DARK).await?;
+    ensure!(addresses.len() == 2 * MANY, "{MANY} pods have {addresses:?}");
+    until("the node has the blocks that it needs, and exports them", || async {
+        let (blocks, exported) = (blocks(lab, DARK).await?, exported(lab, DARK).await?);
+        ensure!(blocks == exported, "{blocks:?}, exported {exported:?}");
+        // One more, where the power went when it was asked for and not yet given.
+        ensure!((MANY / 4..=MANY / 4 + 1).contains(&(blocks.len() / 2)), "{MANY} pods use {blocks:?}");
+        Ok(())
+    })
+    .await?;
+
+    kubectl(lab, &["--namespace", "many", "delete", "pod", "--all", "--wait=false"], "").await?;
+    until("some are gone", || async {
+        let found = get(lab, &["--namespace", "many", "pods"]).await?;
+        let left = found["items"].as_array().map_or(0, Vec::len);
+        ensure!(left < MANY, "all are there");
+        Ok(left)
+    })
+    .await
+    .map(|left| {
+        eprintln!("{wired} of {MANY} pods were wired, and {left} not yet removed, when the power went")
+    })?;
+    lab.reboot(DARK).await?;
+    remove(lab, &["many"]).await?;
+    nothing_left(lab, DARK, &clean).await?;
+    only_these_blocks(lab).await
 }
 
 /// The network namespace of the node.
