@@ -69,6 +69,9 @@ pub const CONFIG_NEAR: u32 = 1 << 2;
 pub const CONFIG_REDIRECT_PEER: u32 = 1 << 8;
 /// [`Config::flags`]: a node sends tunnelled packets of flows that were answered past its IP stack.
 pub const CONFIG_SHORTCUT: u32 = 1 << 9;
+/// [`Config::flags`]: the kernel cuts datagrams that left in one piece, whose checksums are not left to it, and sums
+/// them right; see `take_off_sum` of the datapath.
+pub const CONFIG_CUT: u32 = 1 << 5;
 /// [`Config::flags`]: IP protocols without ports that are known here are translated by address alone.
 pub const CONFIG_ADDRESS_ONLY: u32 = 1 << 4;
 

@@ -4,6 +4,8 @@
 //! packet; or IP in IP, without the UDP header. The outer IPv4 header always has DF set, since the
 //! kernel's does.
 
+use bytemuck::Zeroable;
+
 use crate::{
     csum,
     encap::Encap,
@@ -41,6 +43,23 @@ pub struct Tunnel<F: Family> {
     pub inner: u16,
     /// Identification or flow label.
     pub label: u16,
+}
+
+impl<F: Family> Tunnel<F> {
+    /// Of no packet.
+    #[inline(always)]
+    pub(crate) fn none() -> Self {
+        Self {
+            encap: Encap::FOU,
+            src: F::Addr::zeroed(),
+            dst: F::Addr::zeroed(),
+            src_port: [0; 2],
+            dst_port: [0; 2],
+            ecn: 0,
+            inner: 0,
+            label: 0,
+        }
+    }
 }
 
 /// What an ICMP error says.

@@ -81,8 +81,11 @@ pub struct Rewrite<F: Family> {
     pub check: CheckEdit,
     /// Bytes after the Ethernet header to remove.
     pub pop: usize,
-    /// Tunnel headers to put after the Ethernet header.
-    pub push: Option<Tunnel<F>>,
+    /// Tunnel headers to put after the Ethernet header, if [`Self::pushes`]. Not an option: older verifiers do not
+    /// believe that what is in one is not looked at where there is none.
+    pub(crate) tunnel: Tunnel<F>,
+    /// There are tunnel headers to put there.
+    pub(crate) pushes: bool,
     /// It is a GSO packet of datagrams, which must be cut into them when it is next sent: after a
     /// tunnel has been taken off the kernel would cut it as if it still had one.
     pub cut: bool,
@@ -153,7 +156,7 @@ impl<F: Family> Rewrite<F> {
     /// Changes nothing.
     #[inline(always)]
     #[must_use]
-    pub const fn new() -> Self {
+    pub fn new() -> Self {
         Self {
             ip: IpEdit { at: 0, first: None, ttl: None, addr: None, check: None, uncovered: None },
             port: None,
@@ -161,7 +164,8 @@ impl<F: Family> Rewrite<F> {
             plain: 0,
             check: CheckEdit::NONE,
             pop: 0,
-            push: None,
+            tunnel: Tunnel::none(),
+            pushes: false,
             cut: false,
             way: Way::On,
             noted: false,
@@ -176,6 +180,20 @@ impl<F: Family> Rewrite<F> {
     #[must_use]
     pub const fn plain_delta(&self) -> Option<u32> {
         if self.plain == 0 { None } else { Some(self.plain) }
+    }
+
+    /// Tunnel headers to put after the Ethernet header.
+    #[inline(always)]
+    #[must_use]
+    pub const fn push(&self) -> Option<&Tunnel<F>> {
+        if self.pushes { Some(&self.tunnel) } else { None }
+    }
+
+    /// Puts these tunnel headers after the Ethernet header.
+    #[inline(always)]
+    pub(crate) const fn enter_tunnel(&mut self, tunnel: Tunnel<F>) {
+        self.tunnel = tunnel;
+        self.pushes = true;
     }
 
     /// Chooses the header to change and the way to go.

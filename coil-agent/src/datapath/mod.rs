@@ -38,6 +38,7 @@ pub(crate) mod internal {
     pub(crate) use super::loader::{Loaded, load};
     pub(crate) use super::maps::absent_is_fine;
     pub(crate) use super::migrate::current;
+    pub(crate) use super::older::cut;
     pub(crate) use super::pins::{IfUnmounted, PinFolder};
     pub(crate) use super::pod_names::text;
     pub(crate) use super::read::{
@@ -291,7 +292,9 @@ impl NodeDatapath {
             ipv6: node_ipv6.map_or([0; 16], |address| address.octets()),
             fou_port: fou_port.to_be_bytes(),
             seed: boot_seed()?,
-            flags: (u32::from(shortcut) * CONFIG_SHORTCUT) | (u32::from(address_only) * CONFIG_ADDRESS_ONLY),
+            flags: (u32::from(shortcut) * CONFIG_SHORTCUT)
+                | (u32::from(address_only) * CONFIG_ADDRESS_ONLY)
+                | older::cut(),
             pod_flows: max_pod_flows,
             timeouts: timeouts.seconds(),
             ..Config::default()

@@ -9,6 +9,9 @@ use std::borrow::Cow;
 use std::io;
 use std::sync::OnceLock;
 
+use coil_common::config::CONFIG_CUT;
+use nix::sys::utsname::uname;
+
 use super::sys::{self, Instruction};
 
 /// `lock *(u64 *)(dst + off) |= src`
@@ -19,6 +22,21 @@ const STORE_WORD: u8 = 0x63;
 const CALL: u8 = 0x85;
 const KTIME_GET_NS: i32 = 5;
 const KTIME_GET_COARSE_NS: i32 = 160;
+
+/// The first kernel that is known to sum datagrams right which it cuts itself, where no card was to sum them.
+const CUTS: (u32, u32) = (6, 12);
+
+/// [`CONFIG_CUT`] if this kernel is known to have it.
+pub(crate) fn cut() -> u32 {
+    let known = uname().is_ok_and(|name| release(&name.release().to_string_lossy()) >= CUTS);
+    if known { CONFIG_CUT } else { 0 }
+}
+
+/// Major and minor version of a release such as `6.1.0-18-amd64`; 0 for what is none.
+fn release(text: &str) -> (u32, u32) {
+    let mut parts = text.split(|c: char| !c.is_ascii_digit()).map(|part| part.parse().unwrap_or(0));
+    (parts.next().unwrap_or(0), parts.next().unwrap_or(0))
+}
 
 /// What this kernel lacks.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -99,6 +117,20 @@ fn code(object: &[u8]) -> Vec<std::ops::Range<usize>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn versions_are_read_from_releases() {
+        for (text, version) in [
+            ("6.1.0-56-amd64", (6, 1)),
+            ("6.12.117+deb13-amd64", (6, 12)),
+            ("7.2-rc1", (7, 2)),
+            ("5", (5, 0)),
+            ("", (0, 0)),
+        ] {
+            assert_eq!(release(text), version, "{text}");
+        }
+        assert!((6, 12) >= CUTS && (6, 1) < CUTS && (7, 0) >= CUTS);
+    }
 
     /// A file with two sections of which the second is code.
     fn file(code: &[u8]) -> Vec<u8> {

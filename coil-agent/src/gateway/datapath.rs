@@ -16,7 +16,7 @@ use super::clients::difference;
 use super::collect::NatCollector;
 use super::ports::{NatPorts, PortKeeper};
 use crate::datapath::internal::{
-    Attachable, Hook, IfUnmounted, Loaded, PinFolder, absent_is_fine, boot_seed, load,
+    Attachable, Hook, IfUnmounted, Loaded, PinFolder, absent_is_fine, boot_seed, cut, load,
 };
 use crate::datapath::timeouts::Timeouts;
 use crate::datapath::{DatapathError, IcmpLimit, LoadError, MapAccessError, Role};
@@ -122,7 +122,8 @@ impl GatewayDatapath {
             mtu: *mtu,
             flags: flag(*source_port_auto, CONFIG_SOURCE_PORT_AUTO)
                 | flag(*redirect_peer, CONFIG_REDIRECT_PEER)
-                | flag(*address_only, CONFIG_ADDRESS_ONLY),
+                | flag(*address_only, CONFIG_ADDRESS_ONLY)
+                | cut(),
             seed: boot_seed()?,
             nat_admit: admitted(*max_nat),
             nat_client_flows: quotas.client_flows,

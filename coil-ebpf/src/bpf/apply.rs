@@ -52,7 +52,7 @@ pub(super) fn rewrite<F: Build>(skb: &mut Skb, rewrite: &Rewrite<F>) -> Result<O
     if rewrite.cut && take_off_sum(skb.raw, F::OVERHEAD, SLICE as u32) == 0 {
         return Err(DropReason::RewriteFailed);
     }
-    if let Some(tunnel) = &rewrite.push {
+    if let Some(tunnel) = rewrite.push() {
         push::<F>(skb, tunnel, rewrite.way)?;
     }
     Ok(outcome)

@@ -67,7 +67,7 @@ impl<F: Family> Rewrite<F> {
         self.cover(ip, delta);
         self.touch(l4);
         let covers = !matches!(l4.kind, Kind::Bare) && F::ICMP_PSEUDO;
-        if covers || matches!(l4.kind, Kind::Tcp(_) | Kind::Udp) {
+        if covers || matches!(l4.kind, Kind::Tcp | Kind::Udp) {
             self.check.pseudo = Some(delta);
         }
         let old = packet.load::<2>(port_at)?;

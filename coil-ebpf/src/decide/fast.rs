@@ -119,6 +119,7 @@ pub(super) fn transport<F: Family, V: View>(view: &V, ip: &Ip<F>) -> Option<L4> 
             header: 8,
             src_port,
             dst_port,
+            flags: 0,
         });
     }
     if ip.protocol != TCP {
@@ -129,7 +130,7 @@ pub(super) fn transport<F: Family, V: View>(view: &V, ip: &Ip<F>) -> Option<L4> 
     if header < 20 || header > room || flags & (SYN | FIN | RST) != 0 {
         return None;
     }
-    Some(L4 { kind: Kind::Tcp(flags), at, header: header as usize, src_port, dst_port })
+    Some(L4 { kind: Kind::Tcp, at, header: header as usize, src_port, dst_port, flags })
 }
 
 /// Bytes that a tunnel adds.
@@ -273,7 +274,7 @@ pub fn from_pod<F: Usual, P: Packet, T: NodeTables<F>, const IPIP: bool>(
     let tally = wire::tally(packet, &ip, &l4, 0, 0);
     rewrite.begin_at(ip.at, Way::On);
     let auto = egress.flags & EGRESS_SOURCE_PORT_AUTO != 0;
-    rewrite.push = Some(push(&flow, &ip, F::of_pod(pod), F::of_gateway(gateway), encap, auto, config));
+    rewrite.enter_tunnel(push(&flow, &ip, F::of_pod(pod), F::of_gateway(gateway), encap, auto, config));
     Some(FlowHit {
         flow: entry,
         egress: value.egress,
@@ -442,7 +443,7 @@ pub fn back<F: Usual, P: Packet, T: NatTables<F>>(
     rewrite.translate(packet, &ip, &l4, End::Destination, &to).ok()?;
     let auto = config.flags & CONFIG_SOURCE_PORT_AUTO != 0;
     if !to.encap.is_direct() {
-        rewrite.push = Some(push(&flow, &ip, F::of_config(config), to.addr, to.encap, auto, config));
+        rewrite.enter_tunnel(push(&flow, &ip, F::of_config(config), to.addr, to.encap, auto, config));
     }
     Some(Some(EntryHit {
         entry,

@@ -228,7 +228,7 @@ pub fn from_pod<F: Parse + Build, P: Packet, T: NodeTables<F>>(
     let egress = tables.egress(choice.value.egress).ok_or(DropReason::EgressUnresolved)?;
     let hash = flow.hash(config.seed);
     rewrite.begin_at(ETHERNET, Way::On);
-    rewrite.push = Some(Tunnel {
+    rewrite.enter_tunnel(Tunnel {
         encap,
         src: F::of_pod(pod),
         dst: choice.gateway,
@@ -376,7 +376,7 @@ pub fn back<F: Parse + Build, P: Packet, T: NatTables<F>>(
     rewrite.decrement_ttl(&ip);
     rewrite.ip.addr = Some((rewrite.ip.at + F::DST_AT, to.addr));
     rewrite.cover(&ip, F::delta(&ip.dst, &to.addr));
-    rewrite.push = Some(Tunnel {
+    rewrite.enter_tunnel(Tunnel {
         encap: to.encap,
         src: F::of_config(config),
         dst: to.addr,

@@ -146,8 +146,8 @@ pub fn from_pod<F: Parse + Build, P: Packet, T: NodeTables<F>>(
     let hash = flow.hash(config.seed);
     rewrite.begin_at(ETHERNET, Way::On);
     rewrite.clamp(&l4, mss::clamp(packet, &l4, wire::inner_mss::<F>(mtu))?);
-    rewrite.cut = wire::is_uncut(packet, &l4);
-    rewrite.push = Some(Tunnel {
+    rewrite.cut = wire::must_be_cut(packet, &l4, config);
+    rewrite.enter_tunnel(Tunnel {
         encap,
         src: F::of_pod(pod),
         dst: choice.gateway,

@@ -241,8 +241,8 @@ pub fn back<F: Parse + Build, P: Packet, T: NatTables<F>>(
     // Where it came without a tunnel it goes back without one, if it may.
     if !(to.encap.is_direct() && near::takes(ip, &l4)) {
         let hash = flow.hash(config.seed);
-        rewrite.cut = wire::is_uncut(packet, &l4);
-        rewrite.push = Some(Tunnel {
+        rewrite.cut = wire::must_be_cut(packet, &l4, config);
+        rewrite.enter_tunnel(Tunnel {
             encap: to.encap,
             src: F::of_config(config),
             dst: to.addr,

@@ -82,7 +82,7 @@ impl<F: Family> ErrorRewrite<F> {
     /// Changes nothing.
     #[inline(always)]
     #[must_use]
-    pub const fn new() -> Self {
+    pub fn new() -> Self {
         Self { base: Rewrite::new(), quote: QuoteEdit::NONE, check: None, word: None }
     }
 
@@ -236,7 +236,7 @@ pub fn from_pod<F: Quoted + Build, P: Packet, T: NodeTables<F>>(
     let egress = tables.egress(choice.value.egress).ok_or(DropReason::EgressUnresolved)?;
     let auto = egress.flags & EGRESS_SOURCE_PORT_AUTO != 0;
     rewrite.base.begin_at(ETHERNET, Way::On);
-    rewrite.base.push = Some(through(&ip, &flow, (own, choice.gateway), encap, auto, config));
+    rewrite.base.enter_tunnel(through(&ip, &flow, (own, choice.gateway), encap, auto, config));
     Ok(Verdict::Rewrite(Account {
         flow: None,
         egress: choice.value.egress,
@@ -465,7 +465,7 @@ pub fn back<F: Quoted + Build, P: Packet, T: NatTables<F>>(
     }
     rewrite.check = Some((ip.l4 + 2, csum::update(icmp.check, change)));
     let auto = config.flags & CONFIG_SOURCE_PORT_AUTO != 0;
-    rewrite.base.push = Some(through(&ip, &flow, (F::of_config(config), to.addr), to.encap, auto, config));
+    rewrite.base.enter_tunnel(through(&ip, &flow, (F::of_config(config), to.addr), to.encap, auto, config));
     Ok(Verdict::Rewrite(GatewayAccount {
         stat: if F::INDEX == 0 { GatewayStat::ReplyV4 } else { GatewayStat::ReplyV6 },
         bytes: ip.length,

@@ -52,7 +52,7 @@ pub fn note<F: Parse, P: Packet, T: NodeTables<F>>(
     }
     let Ok(l4) = l4::parse(packet, &ip) else { return };
     let ignored = match l4.kind {
-        Kind::Tcp(_) | Kind::EchoRequest => false,
+        Kind::Tcp | Kind::EchoRequest => false,
         Kind::Udp => l4.dst_port == config.fou_port,
         Kind::EchoReply | Kind::Bare => true,
     };
@@ -95,7 +95,7 @@ pub(super) fn answers<F: Family, T: NodeTables<F>>(
     let Some(known) = tables.inbound(flow.key()) else {
         return false;
     };
-    let is_tcp = matches!(l4.kind, Kind::Tcp(_));
+    let is_tcp = matches!(l4.kind, Kind::Tcp);
     let last_seen = tables.inbound_value(known).last_seen;
     if !is_tcp && now > last_seen && now - last_seen >= IDLE || !is_originating_only(egress, tables) {
         return false;

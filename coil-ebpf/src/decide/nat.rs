@@ -89,8 +89,8 @@ pub(super) fn is_own<F: Family, T: NatTables<F>, O: Ports<F>>(
 ) -> bool {
     let udp = match l4.kind {
         // Nobody's connection begins with a reply.
-        Kind::Tcp(flags) if flags & (SYN | ACK) == SYN => return true,
-        Kind::Tcp(_) => false,
+        Kind::Tcp if l4.flags & (SYN | ACK) == SYN => return true,
+        Kind::Tcp => false,
         Kind::Udp => true,
         Kind::EchoRequest | Kind::EchoReply | Kind::Bare => return true,
     };

@@ -55,7 +55,7 @@ fn pod<F: Family, T: Near<F>>(addr: &F::Addr, tables: &T) -> Option<(u32, PodVal
 /// The interface of the gateway that a packet of a pod would be tunnelled to, if it is on this node.
 #[inline(always)]
 pub fn gateway<F: Family, T: Near<F>>(rewrite: &Rewrite<F>, tables: &T) -> Option<u32> {
-    let (ifindex, pod) = pod(&rewrite.push.as_ref()?.dst, tables)?;
+    let (ifindex, pod) = pod(&rewrite.push()?.dst, tables)?;
     (pod.flags & POD_GATEWAY != 0).then_some(ifindex)
 }
 
@@ -164,7 +164,7 @@ pub fn out_long<F: Usual, P: Packet, T: NatTables<F>>(
 #[inline(always)]
 pub(super) const fn takes<F: Family>(ip: &Ip<F>, l4: &L4) -> bool {
     let data = match l4.kind {
-        Kind::Tcp(flags) => flags & (SYN | FIN | RST) == 0,
+        Kind::Tcp => l4.flags & (SYN | FIN | RST) == 0,
         Kind::Udp => true,
         Kind::EchoRequest | Kind::EchoReply | Kind::Bare => false,
     };

@@ -62,9 +62,9 @@ impl Shape {
     #[must_use]
     pub const fn of(l4: &L4, protocol: u8) -> Self {
         let bits = match l4.kind {
-            Kind::Tcp(flags) if flags & RST != 0 => Self::RST,
-            Kind::Tcp(_) if wire::opens(l4) => Self::MAY_OPEN | Self::SYN,
-            Kind::Tcp(_) => 0,
+            Kind::Tcp if l4.flags & RST != 0 => Self::RST,
+            Kind::Tcp if wire::opens(l4) => Self::MAY_OPEN | Self::SYN,
+            Kind::Tcp => 0,
             Kind::Udp => Self::MAY_OPEN,
             Kind::EchoRequest => Self::MAY_OPEN | Self::IDENTIFIER,
             Kind::EchoReply => Self::IDENTIFIER | Self::ANSWER,

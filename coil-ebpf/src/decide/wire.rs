@@ -1,6 +1,9 @@
 //! Sizes on the wire: what a GSO packet will be once it is cut into segments.
 
-use coil_common::values::Counter;
+use coil_common::{
+    config::{CONFIG_CUT, Config},
+    values::Counter,
+};
 
 use crate::{
     family::Family,
@@ -84,6 +87,13 @@ pub(super) fn is_uncut<P: Packet>(packet: &P, l4: &L4) -> bool {
     matches!(l4.kind, Kind::Udp) && packet.gso_size() != 0
 }
 
+/// The packet has to be cut before it is next sent, by a kernel that can. For one that cannot it stays whole, and
+/// the first network card cuts it inside its tunnel; where there is none it is lost behind the tunnel, if that is FOU.
+#[inline(always)]
+pub(super) fn must_be_cut<P: Packet>(packet: &P, l4: &L4, config: &Config) -> bool {
+    config.flags & CONFIG_CUT != 0 && is_uncut(packet, l4)
+}
+
 /// The error about such a packet.
 #[inline(always)]
 pub(super) const fn too_big<F: Build>(ip: &Ip<F>, mtu: u32) -> Refusal {
@@ -93,9 +103,10 @@ pub(super) const fn too_big<F: Build>(ip: &Ip<F>, mtu: u32) -> Refusal {
 /// What a packet of the initiator, or of the responder, shows of a connection.
 #[inline(always)]
 pub(super) const fn shows(l4: &L4, known: bool, bits: &Bits) -> u32 {
-    let Kind::Tcp(flags) = l4.kind else {
+    if !matches!(l4.kind, Kind::Tcp) {
         return bits.any | if known { bits.more } else { 0 };
-    };
+    }
+    let flags = l4.flags;
     let mut state = bits.any;
     if flags & SYN == 0 {
         state |= bits.more;
@@ -141,7 +152,7 @@ pub(super) const RESPONDER: Bits = Bits {
 /// A TCP SYN that opens a connection.
 #[inline(always)]
 pub(super) const fn opens(l4: &L4) -> bool {
-    matches!(l4.kind, Kind::Tcp(flags) if flags & (SYN | ACK | RST | FIN) == SYN)
+    l4.flags & (SYN | ACK | RST | FIN) == SYN
 }
 
 #[cfg(test)]

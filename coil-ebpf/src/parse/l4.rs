@@ -25,8 +25,8 @@ pub const ACK: u8 = 1 << 4;
 /// What kind of transport header it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
-    /// TCP, with its flags.
-    Tcp(u8),
+    /// TCP.
+    Tcp,
     /// UDP.
     Udp,
     /// ICMP echo request.
@@ -50,18 +50,22 @@ pub struct L4 {
     pub src_port: [u8; 2],
     /// Destination port as in a flow key.
     pub dst_port: [u8; 2],
+    /// TCP flags; of other protocols none. Not a part of the kind: what is not always written older verifiers
+    /// refuse to read, before they know that it is there.
+    pub flags: u8,
 }
 
 impl L4 {
     /// A packet in the middle of a flow whose transport header is not there.
-    pub const UNKNOWN: Self = Self { kind: Kind::Udp, at: 0, header: 0, src_port: [0; 2], dst_port: [0; 2] };
+    pub const UNKNOWN: Self =
+        Self { kind: Kind::Udp, at: 0, header: 0, src_port: [0; 2], dst_port: [0; 2], flags: 0 };
 
     /// Offset of the checksum.
     #[inline(always)]
     #[must_use]
     pub const fn check_at(&self) -> usize {
         match self.kind {
-            Kind::Tcp(_) => self.at + 16,
+            Kind::Tcp => self.at + 16,
             Kind::Udp => self.at + 6,
             Kind::EchoRequest | Kind::EchoReply => self.at + 2,
             Kind::Bare => self.at,
@@ -73,7 +77,7 @@ impl L4 {
     #[must_use]
     pub const fn src_port_at(&self) -> usize {
         match self.kind {
-            Kind::Tcp(_) | Kind::Udp | Kind::Bare => self.at,
+            Kind::Tcp | Kind::Udp | Kind::Bare => self.at,
             Kind::EchoRequest | Kind::EchoReply => self.at + 4,
         }
     }
@@ -83,18 +87,8 @@ impl L4 {
     #[must_use]
     pub const fn dst_port_at(&self) -> usize {
         match self.kind {
-            Kind::Tcp(_) | Kind::Udp | Kind::Bare => self.at + 2,
+            Kind::Tcp | Kind::Udp | Kind::Bare => self.at + 2,
             Kind::EchoRequest | Kind::EchoReply => self.at + 4,
-        }
-    }
-
-    /// TCP flags, none for other protocols.
-    #[inline(always)]
-    #[must_use]
-    pub const fn flags(&self) -> u8 {
-        match self.kind {
-            Kind::Tcp(flags) => flags,
-            _ => 0,
         }
     }
 
@@ -145,7 +139,7 @@ pub fn parse_any<F: Family, P: Packet>(
                 return Err(DropReason::Truncated);
             }
             packet.ensure(ip.l4 + BARE_ROOM)?;
-            Ok(L4 { kind: Kind::Bare, at: ip.l4, header: 0, src_port: [0; 2], dst_port: [0; 2] })
+            Ok(L4 { kind: Kind::Bare, at: ip.l4, header: 0, src_port: [0; 2], dst_port: [0; 2], flags: 0 })
         }
         parsed => parsed,
     }
@@ -175,7 +169,7 @@ pub fn parse<F: Family, P: Packet>(packet: &mut P, ip: &Ip<F>) -> Result<L4, Dro
         if header < 20 || header > room {
             return Err(DropReason::Malformed);
         }
-        return Ok(L4 { kind: Kind::Tcp(flags), at, header, src_port: [s0, s1], dst_port: [d0, d1] });
+        return Ok(L4 { kind: Kind::Tcp, at, header, src_port: [s0, s1], dst_port: [d0, d1], flags });
     }
     if ip.protocol == UDP {
         if room < 8 {
@@ -188,7 +182,7 @@ pub fn parse<F: Family, P: Packet>(packet: &mut P, ip: &Ip<F>) -> Result<L4, Dro
         if length < 8 || (length > room && ip.fragment == 0) {
             return Err(DropReason::Malformed);
         }
-        return Ok(L4 { kind: Kind::Udp, at, header: 8, src_port: [s0, s1], dst_port: [d0, d1] });
+        return Ok(L4 { kind: Kind::Udp, at, header: 8, src_port: [s0, s1], dst_port: [d0, d1], flags: 0 });
     }
     if ip.protocol == F::ICMP {
         if room < 8 {
@@ -207,7 +201,7 @@ pub fn parse<F: Family, P: Packet>(packet: &mut P, ip: &Ip<F>) -> Result<L4, Dro
         } else {
             return Err(DropReason::UnsupportedIcmp);
         };
-        return Ok(L4 { kind, at, header: 8, src_port, dst_port });
+        return Ok(L4 { kind, at, header: 8, src_port, dst_port, flags: 0 });
     }
     Err(DropReason::UnsupportedProtocol)
 }

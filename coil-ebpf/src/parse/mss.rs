@@ -88,7 +88,7 @@ pub fn find<P: Packet + ?Sized>(packet: &P, l4: usize, header: usize) -> Option<
 /// [`DropReason::Truncated`] if the packet ends inside the TCP header.
 #[inline(always)]
 pub fn clamp<P: Packet>(packet: &mut P, l4: &L4, limit: u32) -> Result<Option<MssEdit>, DropReason> {
-    if l4.flags() & SYN == 0 || l4.header <= 20 {
+    if l4.flags & SYN == 0 || l4.header <= 20 {
         return Ok(None);
     }
     packet.ensure(l4.at + l4.header)?;

@@ -281,7 +281,7 @@ where
         icmp::Verdict::Rewrite(counted) => {
             apply_error(packet, &rewrite);
             counted.commit::<F>(tables);
-            tables.count_icmp(match (hook, rewrite.base.push.is_some()) {
+            tables.count_icmp(match (hook, rewrite.base.push().is_some()) {
                 (Hook::FromPod, _) | (Hook::Gateway, false) => IcmpStat::FromPod,
                 (Hook::ToPod, _) | (Hook::Gateway, true) => IcmpStat::ToPod,
             });
@@ -389,7 +389,7 @@ pub fn apply<F: Build>(packet: &mut Memory, rewrite: &Rewrite<F>) {
         update(&mut packet.bytes, check.at, delta, check.optional);
     }
     packet.bytes.drain(ETHERNET..ETHERNET + rewrite.pop);
-    if let Some(tunnel) = &rewrite.push {
+    if let Some(tunnel) = rewrite.push() {
         insert_tunnel(&mut packet.bytes, tunnel);
     }
 }
