@@ -153,6 +153,7 @@ pub async fn run_ipam(
             nodes: ReconcileMetrics::register(&registry, "node", "Node")?,
         },
         picture,
+        fresh: ipam::Fresh::default(),
     };
     ipam::run(Arc::new(context), watches, drain).await;
     Ok(())

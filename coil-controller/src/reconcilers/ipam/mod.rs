@@ -4,6 +4,7 @@
 //! One task follows the watches, keeps the picture of the cluster, and starts what the changes call for;
 //! whatever fails is logged, counted and tried again. Nothing is done before all first lists are complete.
 
+mod fresh;
 mod node;
 mod pool;
 mod queue;
@@ -34,6 +35,7 @@ use super::bindings::sleep_until;
 use crate::error::{ReconcileError, chain};
 use crate::metrics::{Ended, IpamMetrics, ReconcileMetrics};
 use crate::plan::ipam::{Book, Nodes};
+pub(crate) use fresh::Fresh;
 use queue::Queue;
 pub(crate) use watches::Watches;
 
@@ -58,6 +60,7 @@ pub(crate) struct Context {
     pub(crate) metrics: IpamMetrics,
     pub(crate) reconciles: Reconciles,
     pub(crate) picture: Arc<Mutex<Picture>>,
+    pub(crate) fresh: Fresh,
 }
 
 /// Counts of reconciliations, for each part.

@@ -134,13 +134,19 @@ impl Drop for Pending<'_> {
 
 /// Reads the pool as it is now, since a watch may be late.
 async fn refresh(context: &Context, pool: &str) -> Result<Vec<String>, ReconcileError> {
-    let api = Api::<DeserializeGuard<AddressPool>>::all(context.client.clone());
-    let found = api.get_opt(pool).await.map_err(ReconcileError::api("get", "AddressPool", pool))?;
-    let mut picture = context.picture();
-    Ok(match found {
-        Some(found) => watches::apply_pool(context, &mut picture, found),
-        None => picture.book.remove_pool(pool),
-    })
+    let read = async || {
+        let api = Api::<DeserializeGuard<AddressPool>>::all(context.client.clone());
+        let found = api.get_opt(pool).await.map_err(ReconcileError::api("get", "AddressPool", pool))?;
+        let mut picture = context.picture();
+        Ok::<_, ReconcileError>(match found {
+            Some(found) => watches::apply_pool(context, &mut picture, found),
+            None => {
+                context.fresh.forget(pool);
+                picture.book.remove_pool(pool)
+            }
+        })
+    };
+    Ok(context.fresh.read(pool, read).await?.unwrap_or_default())
 }
 
 async fn write_status(
