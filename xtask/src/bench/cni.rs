@@ -170,6 +170,8 @@ impl Bench<'_> {
             ));
             figures.extend(percentiles(&format!("DEL, {TOGETHER} in parallel: {name}"), &times, None));
         }
+        let memory = self.memory_of_coild()?;
+        figures.push(Figure::plain("resident memory of coild without pods", memory, "MiB"));
         let (attached, _, took) = self.add(&self.ours, 0..PODS, BATCH).await?;
         let rate = PODS as f64 / took.as_secs_f64();
         figures.push(Figure::plain(format!("pods wired, {BATCH} at a time: coil"), rate, "1/s"));
