@@ -37,7 +37,7 @@ use crate::netlink::RtNetlink;
 use crate::state::{Input, State};
 use crate::wiring::{Link, Wiring};
 use crate::writer::Writer;
-use crate::{events, watch};
+use crate::{events, memory, watch};
 
 use self::network::Network;
 
@@ -155,6 +155,8 @@ pub async fn run(args: CoildArgs) -> anyhow::Result<()> {
         until(drain.clone(), async move {
             snapshots.wait_for(|snapshot| snapshot.desired.complete).await?;
             drop(listed);
+            // The first lists are taken in.
+            memory::give_back();
             drain.cancelled().await;
             anyhow::Ok(())
         })
@@ -272,9 +274,12 @@ async fn open_datapath(
         same_node_bypass,
         timeouts,
     };
-    tokio::task::spawn_blocking(move || NodeDatapath::open_with(options, attach.mode(own_interfaces)))
-        .await?
-        .context("cannot open the datapath")
+    let opened =
+        tokio::task::spawn_blocking(move || NodeDatapath::open_with(options, attach.mode(own_interfaces)))
+            .await?
+            .context("cannot open the datapath");
+    memory::give_back();
+    opened
 }
 
 /// Addresses of this node: what the API says, else what packets to the outside would have. They only

@@ -12,6 +12,7 @@ pub mod inspect;
 pub mod installer;
 pub mod ipam;
 pub mod local;
+pub mod memory;
 pub mod metrics;
 pub mod netlink;
 pub mod programs;

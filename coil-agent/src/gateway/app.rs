@@ -28,6 +28,7 @@ use super::{INTERFACE, ports, watch};
 use crate::args::OtherProtocols;
 use crate::datapath::internal::boot_seed;
 use crate::datapath::{DatapathError, MapAccessError, seconds_since_boot};
+use crate::memory;
 use crate::netlink::{Netlink, RtNetlink};
 
 /// Name of the program.
@@ -127,6 +128,7 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
     let datapath = tokio::task::spawn_blocking(move || GatewayDatapath::open(&options))
         .await?
         .context("cannot open the datapath")?;
+    memory::give_back();
     let GatewayDatapath { clients, collector: nat, ports, folder, loaded: _loaded } = datapath;
     let shared = Shared::default();
     let shares = Shares { quotas, admit: admitted(max_nat_entries), seed: boot_seed()? };

@@ -6,6 +6,7 @@ use std::process::ExitCode;
 use coil_runtime::cli;
 
 use crate::gateway::app::{self, NAME};
+use crate::memory;
 
 /// Runs with the arguments of this process.
 #[must_use]
@@ -16,5 +17,6 @@ pub fn main() -> ExitCode {
 /// Runs with these arguments, the name first.
 #[must_use]
 pub fn main_with(args: Vec<OsString>) -> ExitCode {
+    memory::be_frugal();
     cli::run(NAME, args, app::run)
 }

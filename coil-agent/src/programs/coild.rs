@@ -6,6 +6,7 @@ use std::process::ExitCode;
 use coil_runtime::cli;
 
 use crate::app::{self, NAME};
+use crate::memory;
 
 /// Runs with the arguments of this process.
 #[must_use]
@@ -20,5 +21,6 @@ pub fn main_with(mut args: Vec<OsString>) -> ExitCode {
         args.remove(1);
         return cli::run("coild uninstall", args, app::uninstall);
     }
+    memory::be_frugal();
     cli::run(NAME, args, app::run)
 }
