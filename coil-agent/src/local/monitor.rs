@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use rtnetlink::MulticastGroup;
 use tokio::sync::watch;
+use tokio::time::Instant;
 
 use crate::cni::error::causes;
 use crate::netlink::{Changes, Link, Netlink, NetlinkError};
@@ -16,6 +17,9 @@ use crate::wiring::ALIAS_PREFIX;
 const PERIOD: Duration = Duration::from_secs(30);
 /// Changes come in bursts: a pod that starts changes its interface several times.
 const SETTLE: Duration = Duration::from_millis(20);
+/// Time between two listings while changes go on: with many pods one takes long, and holds up those who make the
+/// changes.
+const REST: Duration = Duration::from_millis(200);
 /// Addresses outside of the cluster; the way there is the way out.
 const OUTSIDE: [&str; 2] = ["192.0.0.10", "2001:1::2"];
 
@@ -46,7 +50,12 @@ pub async fn watch_links<N: Netlink>(
                 tracing::warn!(error = causes(&error), "cannot list interfaces");
             }
         }
+        let listed = Instant::now();
         changes.next(SETTLE, PERIOD).await;
+        let rest = REST.saturating_sub(listed.elapsed());
+        if !rest.is_zero() {
+            changes.next(rest, rest).await;
+        }
     }
 }
 

@@ -10,7 +10,7 @@ use futures::{StreamExt, TryStreamExt};
 use netlink_packet_core::{NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload};
 use netlink_packet_route::AddressFamily;
 use netlink_packet_route::RouteNetlinkMessage;
-use netlink_packet_route::link::{InfoKind, LinkAttribute, LinkInfo, LinkMessage, Prop};
+use netlink_packet_route::link::{InfoKind, LinkAttribute, LinkExtentMask, LinkInfo, LinkMessage, Prop};
 use netlink_packet_route::nsid::{NsidAttribute, NsidMessage};
 use netlink_packet_route::route::{RouteAddress, RouteAttribute, RouteMessage};
 use rtnetlink::Handle;
@@ -62,7 +62,10 @@ impl RtNetlink {
     async fn all_links(&self) -> Result<Vec<LinkMessage>, NetlinkError> {
         let error = |error| request_error("list", "interfaces".into(), error);
         for _ in 0..DUMP_ATTEMPTS {
-            let mut request = NetlinkMessage::from(RouteNetlinkMessage::GetLink(LinkMessage::default()));
+            let mut message = LinkMessage::default();
+            // Which are half of what the kernel would tell.
+            message.attributes.push(LinkAttribute::ExtMask(vec![LinkExtentMask::SkipStats]));
+            let mut request = NetlinkMessage::from(RouteNetlinkMessage::GetLink(message));
             request.header.flags = NLM_F_REQUEST | NLM_F_DUMP;
             let mut answers = self.handle.clone().request(request).map_err(error)?;
             let (mut messages, mut interrupted) = (Vec::new(), false);

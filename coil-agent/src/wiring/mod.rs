@@ -202,11 +202,16 @@ impl Wire for Wiring {
         self.on_thread(move |inner| {
             let mut host = open()?;
             let mut deleted = Vec::new();
-            while let Some(link) = inner.find(&mut host, &owner)? {
+            while let Some((link, found)) = inner.find(&mut host, &owner)? {
                 veth::delete(&mut host, link.index)
                     .map_err(WiringError::kernel(format!("delete interface {}", link.name)))?;
                 deleted.push(link.index);
                 inner.forget(&owner);
+                // What we have made ourselves is all that there is: others need not be searched for among the
+                // interfaces of all pods.
+                if found == Place::Remembered {
+                    break;
+                }
             }
             inner.forget(&owner);
             Ok(deleted)
@@ -271,25 +276,26 @@ impl Inner {
     }
 
     /// The interface of an owner: where it is known to be, under the name that it should have, or anywhere.
-    fn find(&self, host: &mut Socket, owner: &Owner) -> Result<Option<Interface>, WiringError> {
+    fn find(&self, host: &mut Socket, owner: &Owner) -> Result<Option<(Interface, Place)>, WiringError> {
         if let Some(index) = self.remembered(owner)
             && let Some(link) = veth::by_index(host, index)?.filter(|link| is_of(link, owner))
         {
-            return Ok(Some(link));
+            return Ok(Some((link, Place::Remembered)));
         }
         let name = plan::host_name(owner, 0);
         // Killed between the two requests that make and label it.
         let unlabelled = |link: &Interface| link.veth && link.alias.is_none();
         if let Some(link) = veth::by_name(host, &name)?.filter(|link| is_of(link, owner) || unlabelled(link))
         {
-            return Ok(Some(link));
+            return Ok(Some((link, Place::Searched)));
         }
-        Ok(links(host)?.into_iter().find(|link| is_of(link, owner)))
+        let found = links(host)?.into_iter().find(|link| is_of(link, owner));
+        Ok(found.map(|link| (link, Place::Searched)))
     }
 
     fn check(&self, owner: &Owner) -> Result<Link, WiringError> {
         let mut host = open()?;
-        let Some(interface) = self.find(&mut host, owner)? else {
+        let Some((interface, _)) = self.find(&mut host, owner)? else {
             return Err(WiringError::Missing { owner: owner.to_string() });
         };
         let damaged = |problem: String| {
@@ -336,6 +342,15 @@ impl Inner {
         }
         Ok(found)
     }
+}
+
+/// Where an interface was found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Place {
+    /// Where it was made, or found at the start.
+    Remembered,
+    /// By its name, or among all.
+    Searched,
 }
 
 fn open() -> Result<Socket, WiringError> {
