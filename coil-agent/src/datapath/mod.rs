@@ -4,6 +4,7 @@
 //! Owns everything under `<bpffs root>/v1` but the folders of gateways, which their own
 //! `coil-egress` fills. Knows nothing of Kubernetes.
 
+mod abi;
 mod attach;
 mod encode;
 mod icmp;
@@ -32,6 +33,7 @@ mod writer;
 
 /// What the gateway's side shares.
 pub(crate) mod internal {
+    pub(crate) use super::abi::{TYPE_ARRAY, TYPE_HASH, TYPE_LPM_TRIE, TYPE_LRU_HASH, TYPE_PERCPU_ARRAY};
     pub(crate) use super::attach::{Attachable, Hook};
     pub(crate) use super::boot_seed;
     pub(crate) use super::encode::decode_egress_name;
@@ -41,9 +43,7 @@ pub(crate) mod internal {
     pub(crate) use super::older::cut;
     pub(crate) use super::pins::{IfUnmounted, PinFolder};
     pub(crate) use super::pod_names::text;
-    pub(crate) use super::read::{
-        ReadMap, TYPE_ARRAY, TYPE_HASH, TYPE_LPM_TRIE, TYPE_LRU_HASH, TYPE_PERCPU_ARRAY,
-    };
+    pub(crate) use super::read::ReadMap;
     pub(crate) use super::stats::{
         DropCounters, DropFamilies, counter, counters, descriptions, gather, gauge, gauges, open_pinned,
     };

@@ -6,40 +6,22 @@ use std::path::Path;
 
 use bytemuck::{Pod, Zeroable};
 
+use super::abi::{
+    ElementAttribute, GET_NEXT_KEY, LOOKUP_ELEM, TYPE_ARRAY, TYPE_HASH, TYPE_LPM_TRIE, TYPE_LRU_HASH,
+    TYPE_LRU_PERCPU_HASH, TYPE_PERCPU_ARRAY, TYPE_PERCPU_HASH, UPDATE_ELEM,
+};
 use super::layout::btf::{Btf, Layout};
 use super::sys::{
     Cursor, MapInfo, ObjectKind, address, bpf, info, info_into, lookup_batch_bytes, object_get, owned, raw,
 };
 
-const MAP_LOOKUP_ELEM: libc::c_int = 1;
-const MAP_UPDATE_ELEM: libc::c_int = 2;
-const MAP_GET_NEXT_KEY: libc::c_int = 4;
 const BTF_GET_FD_BY_ID: libc::c_int = 19;
-
-const TYPE_HASH: u32 = 1;
-const TYPE_ARRAY: u32 = 2;
-const TYPE_PERCPU_HASH: u32 = 5;
-const TYPE_PERCPU_ARRAY: u32 = 6;
-const TYPE_LRU_HASH: u32 = 9;
-const TYPE_LRU_PERCPU_HASH: u32 = 10;
-const TYPE_LPM_TRIE: u32 = 11;
 
 /// `BPF_ANY`, `BPF_NOEXIST`.
 const ANY: u64 = 0;
 const NOEXIST: u64 = 1;
 /// Entries that one call reads.
 const BATCH: usize = 4096;
-
-#[repr(C)]
-#[derive(Clone, Copy, Pod, Zeroable)]
-struct ElementAttribute {
-    map: u32,
-    pad: u32,
-    key: u64,
-    /// Or the next key.
-    value: u64,
-    flags: u64,
-}
 
 /// `bpf_map_info` as far as its BTF.
 #[repr(C)]
@@ -197,7 +179,7 @@ impl RawMap {
             value: address(next.as_mut_ptr()),
             flags: 0,
         };
-        absent(bpf(MAP_GET_NEXT_KEY, &mut attribute))
+        absent(bpf(GET_NEXT_KEY, &mut attribute))
     }
 
     /// Reads a value of the right length; false if there is none.
@@ -209,7 +191,7 @@ impl RawMap {
             value: address(value.as_mut_ptr()),
             flags: 0,
         };
-        absent(bpf(MAP_LOOKUP_ELEM, &mut attribute))
+        absent(bpf(LOOKUP_ELEM, &mut attribute))
     }
 
     /// Puts an entry unless there is one.
@@ -239,7 +221,7 @@ impl RawMap {
             value: address(value.as_ptr()),
             flags,
         };
-        bpf(MAP_UPDATE_ELEM, &mut attribute).map(drop)
+        bpf(UPDATE_ELEM, &mut attribute).map(drop)
     }
 }
 

@@ -6,57 +6,19 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::Path;
 
-use bytemuck::{AnyBitPattern, NoUninit, Pod, Zeroable};
+use bytemuck::{AnyBitPattern, NoUninit};
 use coil_common::values::Counter;
 
+use super::abi::{
+    BatchAttribute, ElementAttribute, GET_NEXT_KEY, LOOKUP_BATCH, LOOKUP_ELEM, TYPE_ARRAY, TYPE_HASH,
+    TYPE_LPM_TRIE, TYPE_LRU_HASH, TYPE_LRU_PERCPU_HASH, TYPE_PERCPU_ARRAY, TYPE_PERCPU_HASH,
+};
 use super::sys::{self, MapInfo};
-
-const LOOKUP_ELEM: libc::c_int = 1;
-const GET_NEXT_KEY: libc::c_int = 4;
-const LOOKUP_BATCH: libc::c_int = 24;
-
-/// `BPF_MAP_TYPE_HASH`
-pub(crate) const TYPE_HASH: u32 = 1;
-/// `BPF_MAP_TYPE_ARRAY`
-pub(crate) const TYPE_ARRAY: u32 = 2;
-/// `BPF_MAP_TYPE_PERCPU_HASH`
-const TYPE_PERCPU_HASH: u32 = 5;
-/// `BPF_MAP_TYPE_PERCPU_ARRAY`
-pub(crate) const TYPE_PERCPU_ARRAY: u32 = 6;
-/// `BPF_MAP_TYPE_LRU_HASH`
-pub(crate) const TYPE_LRU_HASH: u32 = 9;
-/// `BPF_MAP_TYPE_LRU_PERCPU_HASH`
-const TYPE_LRU_PERCPU_HASH: u32 = 10;
-/// `BPF_MAP_TYPE_LPM_TRIE`
-pub(crate) const TYPE_LPM_TRIE: u32 = 11;
 
 /// Entries asked for at a time.
 const BATCH: usize = 4096;
 /// `ENOTSUPP`, which the kernel has for itself.
 const NOT_SUPPORTED: i32 = 524;
-
-#[repr(C)]
-#[derive(Clone, Copy, Pod, Zeroable)]
-struct ElementAttribute {
-    map: u32,
-    pad: u32,
-    key: u64,
-    value: u64,
-    flags: u64,
-}
-
-#[repr(C)]
-#[derive(Clone, Copy, Pod, Zeroable)]
-struct BatchAttribute {
-    from: u64,
-    to: u64,
-    keys: u64,
-    values: u64,
-    count: u32,
-    map: u32,
-    element_flags: u64,
-    flags: u64,
-}
 
 /// A pinned map that is only read.
 #[derive(Debug)]

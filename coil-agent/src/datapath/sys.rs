@@ -10,12 +10,13 @@ use std::sync::atomic::AtomicI64;
 
 use bytemuck::{Pod, Zeroable};
 
+use super::abi::{BatchAttribute, LOOKUP_BATCH};
+
 const PROG_LOAD: libc::c_int = 5;
 const OBJ_PIN: libc::c_int = 6;
 const OBJ_GET: libc::c_int = 7;
 const PROG_TEST_RUN: libc::c_int = 10;
 const OBJ_GET_INFO_BY_FD: libc::c_int = 15;
-const MAP_LOOKUP_BATCH: libc::c_int = 24;
 const LINK_CREATE: libc::c_int = 28;
 const LINK_UPDATE: libc::c_int = 29;
 
@@ -247,19 +248,6 @@ pub(crate) fn program_loads(instructions: &[Instruction]) -> io::Result<bool> {
     }
 }
 
-#[repr(C)]
-#[derive(Clone, Copy, Pod, Zeroable)]
-struct BatchAttribute {
-    from: u64,
-    to: u64,
-    keys: u64,
-    values: u64,
-    count: u32,
-    map: u32,
-    element_flags: u64,
-    flags: u64,
-}
-
 /// Where a walk through a hash map stands.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Cursor(Option<u32>);
@@ -312,7 +300,7 @@ pub(super) fn lookup_batch_bytes(
             element_flags: 0,
             flags: 0,
         };
-        match bpf(MAP_LOOKUP_BATCH, &mut attribute) {
+        match bpf(LOOKUP_BATCH, &mut attribute) {
             Ok(_) => cursor.0 = Some(to),
             Err(error) => match error.raw_os_error() {
                 Some(libc::ENOENT) => *cursor = Cursor::default(),
