@@ -158,20 +158,30 @@ fn a_flood_takes_nothing_from_others() {
     assert_eq!(gateway.send(victim, 2000..3000), 1000);
 
     // Three more, until there are no ports towards the destination.
-    let start = Instant::now();
     let admitted: u64 = (3..6).map(|number| gateway.send(number, 1024..20_000)).sum();
     let drops = gateway.drops();
     println!("three more: {admitted} admitted, {drops:?}");
     let free = 10_000 - 4000 - 1100;
     assert!(admitted <= free && admitted > free * 3 / 4, "{admitted} of {free}");
-    // Nearly all are refused without a search. The note of that holds for a second at least, after which as many
-    // searches as it takes are made again: a slow machine, and it alone, sees more of them.
+    // Most are refused without a search. As long as there are ports, a search finds one now and then and is followed
+    // by others: how many, is luck.
     let searches = drops["ports_exhausted"];
-    let again = VAIN * (start.elapsed().as_secs() + 1);
-    assert!(
-        searches > 0 && drops["destination_full"] > searches.saturating_sub(again) * 100,
-        "{drops:?}, {again}"
-    );
+    assert!(searches > 0 && drops["destination_full"] > searches * 10, "{drops:?}");
+    // Where none is found, the note of it holds for a second at least, after which a few searches are made again.
+    for round in 0.. {
+        let (start, before) = (Instant::now(), gateway.drops());
+        let admitted = gateway.send(6, 1024..4_000);
+        let searches = gateway.drops()["ports_exhausted"] - before["ports_exhausted"];
+        if admitted == 0 {
+            assert!(
+                searches <= VAIN * (start.elapsed().as_secs() + 2),
+                "{searches} in {:?}",
+                start.elapsed()
+            );
+            break;
+        }
+        assert!(round < 500, "there seem to be ports without end");
+    }
     // Nobody's translation went.
     assert_eq!(gateway.send(victim, (1000..1100).chain(2000..3000)), 1100);
     // Another destination is not full.

@@ -17,6 +17,9 @@ fn node() -> NetNs {
         "",
         &[
             "link add uplink type veth peer name other",
+            // No link-local addresses, whose routes come by themselves when nobody else has them.
+            "link set other addrgenmode none",
+            "link set uplink addrgenmode none",
             "address add 10.0.0.1/24 dev uplink",
             "address add fd00::1/64 dev uplink nodad",
             "link set other up",
