@@ -28,7 +28,7 @@ const NAMESPACE: &str = "outage";
 const BEFORE: usize = 3;
 /// Pods that come meanwhile.
 const MEANWHILE: usize = 12;
-/// How long the API is away, at least. Longer ones have been tried by hand: `COIL_LAB_OUTAGE_SECONDS`.
+/// How long the API is away, at least; `COIL_LAB_OUTAGE_SECONDS` makes it longer.
 const AWAY: Duration = Duration::from_secs(60);
 /// A runtime waits for two minutes at least; the plugin gives up after one.
 const PATIENCE: Duration = Duration::from_secs(62);
