@@ -7,7 +7,7 @@ use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::OwnedFd;
 use std::time::Duration;
 
-use coil_agent::datapath::{AttachMode, Datapath};
+use coil_agent::datapath::{AttachMode, Datapath, TunnelKind};
 use coil_agent::gateway::ports::{NatPorts, PortSet};
 use coil_common::keys::{FlowKey4, FlowKey6};
 use coil_common::names::{
@@ -321,6 +321,20 @@ pub(crate) fn offloads(topology: &Topology) {
         }
     }
     assert_eq!(maps::all_drops(&topology.gateway_pins()), []);
+}
+
+/// Packets of clients come and go by interfaces that the node's routes name, so that a strict reverse path filter finds
+/// nothing to object to, on any node or in any pod.
+#[test]
+#[ignore = "privileged: needs root and the eBPF object"]
+fn everything_works_with_strict_reverse_path_filters() {
+    for topology in [Topology::new(), Topology::across(), Topology::across().by(TunnelKind::Ipip)] {
+        let hosts = [&topology.client.net, &topology.gateway.net, &topology.external.net];
+        for space in hosts.into_iter().chain([&topology.node, topology.there()]) {
+            space.sysctl("net.ipv4.conf.all.rp_filter", "1");
+        }
+        everything_works(&topology, None);
+    }
 }
 
 #[test]

@@ -237,3 +237,52 @@ fn a_transfer_survives_a_change_of_tunnels() {
         drop((node, gateway));
     }
 }
+
+/// A pod has a tunnel of its own. What it leaves to be summed or cut inside that cannot be put into another one: it is
+/// refused and counted. What the pod's own device finishes goes through, and others notice neither.
+#[test]
+#[ignore = "privileged: needs root and the eBPF object"]
+fn a_tunnel_of_a_pod_goes_through_if_nothing_in_it_is_left_to_do() {
+    const COUNT: usize = 20;
+    for kind in [TunnelKind::Fou, TunnelKind::Ipip] {
+        let topology = Topology::new().by(kind);
+        let _node = topology.apply(topology.open_node(None), &topology.state());
+        let _gateway = topology.open_gateway();
+        let (pod, world) = (&topology.client, &topology.external);
+        for (host, number, remote) in [(pod, 1, format!("remote {}", world.ipv4)), (world, 2, String::new())]
+        {
+            host.net.ip_batch(
+                "",
+                &[
+                    format!(
+                        "link add vx0 address 02:00:00:00:07:0{number} mtu 1300 type vxlan id 7 dstport 4789 {remote}"
+                    ),
+                    format!("address add 10.99.0.{number}/24 dev vx0"),
+                    "link set vx0 up".into(),
+                    // Answers would have to come to the gateway's own port 4789: the way there is enough here.
+                    format!("neighbour add 10.99.0.{0} lladdr 02:00:00:00:07:0{0} dev vx0", 3 - number),
+                ],
+            );
+        }
+        let receiver = world.net.run(|| UdpSocket::bind("10.99.0.2:9000").unwrap());
+        let sender = pod.net.run(|| UdpSocket::bind("10.99.0.1:0").unwrap());
+        sender.connect("10.99.0.2:9000").unwrap();
+        let refused = || maps::drops(&topology.bpffs.node(), DropReason::AlreadyEncapsulated);
+
+        sender.send(b"left to be summed").unwrap();
+        wait_for("the refusal", || (refused() > 0).then_some(()));
+        let before = refused();
+        pod.net.exec("ethtool -K vx0 tx off");
+        receiver.set_read_timeout(Some(DEADLINE)).unwrap();
+        let mut buffer = [0; 2000];
+        for number in 0..COUNT {
+            let sent = pattern(1000 + number);
+            sender.send(&sent).unwrap();
+            let got = receiver.recv(&mut buffer);
+            assert_eq!(got.as_ref().ok(), Some(&sent.len()), "{kind:?}: {got:?}; {}", dump(&topology));
+            assert!(buffer[..sent.len()] == sent[..]);
+        }
+        assert_eq!(refused(), before, "{kind:?}");
+        assert!(udp_peer(&topology, false, 1200).is_some() && udp_peer(&topology, true, 1200).is_some());
+    }
+}
