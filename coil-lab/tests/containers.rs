@@ -204,6 +204,9 @@ impl<'a> Podman<'a> {
             "--detach",
             "--cap-add",
             "NET_ADMIN",
+            // Its own would be above what this process may have, on some machines.
+            "--ulimit",
+            "host",
             "--name",
             NAME,
             "--network",
