@@ -204,9 +204,11 @@ impl<'a> Podman<'a> {
             "--detach",
             "--cap-add",
             "NET_ADMIN",
-            // Its own would be above what this process may have, on some machines.
+            // By itself Podman asks for as much as the kernel can give, which not every machine lets a process have.
             "--ulimit",
-            "host",
+            "nofile=1024:1024",
+            "--ulimit",
+            "nproc=1024:1024",
             "--name",
             NAME,
             "--network",
