@@ -23,8 +23,8 @@ pub async fn watch_filters(
 ) -> Result<(), MonitorError> {
     let (connection, _handle, mut changes) =
         rtnetlink::new_multicast_connection(&[MulticastGroup::Tc]).map_err(MonitorError::Subscribe)?;
-    // Dropped, and thereby stopped, with this function.
-    let mut connection = std::pin::pin!(connection);
+    // Dropped, and thereby stopped, with this function. It may end in either of two places and is not asked again.
+    let mut connection = std::pin::pin!(connection.fuse());
     loop {
         let change = tokio::select! {
             () = &mut connection => None,
