@@ -17,7 +17,7 @@ use coil_common::{
     },
 };
 
-use super::{from_pod, gateway, wire};
+use super::{from_pod, gateway, inbound, wire};
 use crate::{
     encap::Encap,
     family::Family,
@@ -207,15 +207,20 @@ pub fn from_pod<F: Parse + Build, P: Packet, T: NodeTables<F>>(
     {
         return Err(reason);
     }
-    let known = match follow(packet, &ip, now, tables) {
-        Ok(flow) => tables.flow(flow.key()).map(|entry| (flow, entry)),
+    let flow = follow(packet, &ip, now, tables);
+    let entry = match &flow {
+        Ok(flow) => tables.flow(flow.key()),
         Err(_) => None,
     };
-    let Some((flow, entry)) = known else {
-        // No policy knows of the datagram, or there is one and the first fragment was not seen.
-        return match from_pod::policy(pod, &ip.dst, tables)? {
-            None => Ok(Verdict::Pass),
-            Some(_) => Err(DropReason::FragmentUnknown),
+    let (Ok(flow), Some(entry)) = (&flow, entry) else {
+        // No policy knows of the datagram, or it answers one that has come in directly, or there is a policy
+        // and the first fragment was not seen.
+        let Some(egress) = from_pod::policy(pod, &ip.dst, tables)? else {
+            return Ok(Verdict::Pass);
+        };
+        return match &flow {
+            Ok(flow) if inbound::answers(pod, egress, flow, &L4::UNKNOWN, now, tables) => Ok(Verdict::Pass),
+            _ => Err(DropReason::FragmentUnknown),
         };
     };
     let Some(choice) = from_pod::kept(entry, pod, &L4::UNKNOWN, tables) else {

@@ -18,6 +18,7 @@ use coil_common::{
 
 use super::{
     from_pod::{self, Account},
+    inbound,
     nat::OwnPorts,
     wire,
 };
@@ -26,7 +27,7 @@ use crate::{
     encap::Encap,
     family::Family,
     flow::Flow,
-    head::{Build, Tunnel, UDP},
+    head::{Build, TCP, Tunnel, UDP},
     packet::{ETHERNET, Packet},
     parse::{
         Ip, l4,
@@ -215,9 +216,9 @@ pub fn from_pod<F: Quoted + Build, P: Packet, T: NodeTables<F>>(
             Err(reason) => Err(reason),
         };
     }
-    if from_pod::policy(pod, &ip.dst, tables)?.is_none() {
+    let Some(egress) = from_pod::policy(pod, &ip.dst, tables)? else {
         return Ok(Verdict::Pass);
-    }
+    };
     if ip.fragment != 0 {
         return Err(DropReason::Fragment);
     }
@@ -227,7 +228,14 @@ pub fn from_pod<F: Quoted + Build, P: Packet, T: NodeTables<F>>(
         return Err(DropReason::IcmpMismatch);
     }
     let flow = quote.flow().reversed();
-    let entry = tables.flow(flow.key()).ok_or(DropReason::IcmpNoFlow)?;
+    let Some(entry) = tables.flow(flow.key()) else {
+        // An error about what has come in directly leaves directly, and makes nothing last longer.
+        let is_tcp = quote.protocol == TCP;
+        return match inbound::noted(pod, egress, &flow, is_tcp, tables.now(), tables) {
+            Some(_) => Ok(Verdict::Pass),
+            None => Err(DropReason::IcmpNoFlow),
+        };
+    };
     let choice = from_pod::kept(entry, pod, &l4::L4::UNKNOWN, tables).ok_or(DropReason::IcmpNoFlow)?;
     let encap = Encap::of_config(config);
     if ip.length > wire::inner_mtu::<F>(encap.like_fou(pod.mtu)) {

@@ -79,7 +79,8 @@ pub fn note<F: Parse, P: Packet, T: NodeTables<F>>(
     }
 }
 
-/// The packet of a pod, for which policy says `egress`, answers a flow that has come in directly.
+/// The packet of a pod, for which policy says `egress`, answers a flow that has come in directly. Of a later
+/// fragment the flow is what was noted of the first.
 #[inline(always)]
 pub(super) fn answers<F: Family, T: NodeTables<F>>(
     pod: &PodValue,
@@ -89,19 +90,35 @@ pub(super) fn answers<F: Family, T: NodeTables<F>>(
     now: u32,
     tables: &T,
 ) -> bool {
-    if pod.flags & POD_ORIGINATING_ONLY == 0 || wire::opens(l4) {
+    if wire::opens(l4) {
         return false;
     }
-    let Some(known) = tables.inbound(flow.key()) else {
-        return false;
-    };
-    let is_tcp = matches!(l4.kind, Kind::Tcp);
+    match noted(pod, egress, flow, matches!(l4.kind, Kind::Tcp), now, tables) {
+        Some(known) => {
+            tables.see_inbound(known, now, wire::shows(l4, true, &wire::RESPONDER));
+            true
+        }
+        None => false,
+    }
+}
+
+/// What is noted of a flow, as the pod answers it, that has come in directly.
+#[inline(always)]
+pub(super) fn noted<F: Family, T: NodeTables<F>>(
+    pod: &PodValue,
+    egress: u32,
+    flow: &Flow<F>,
+    is_tcp: bool,
+    now: u32,
+    tables: &T,
+) -> Option<T::Inbound> {
+    if pod.flags & POD_ORIGINATING_ONLY == 0 {
+        return None;
+    }
+    let known = tables.inbound(flow.key())?;
     let last_seen = tables.inbound_value(known).last_seen;
-    if !is_tcp && now > last_seen && now - last_seen >= IDLE || !is_originating_only(egress, tables) {
-        return false;
-    }
-    tables.see_inbound(known, now, wire::shows(l4, true, &wire::RESPONDER));
-    true
+    let over = !is_tcp && now > last_seen && now - last_seen >= IDLE;
+    (!over && is_originating_only(egress, tables)).then_some(known)
 }
 
 #[inline(always)]

@@ -3,11 +3,12 @@
 use coil_common::{
     keys::AffinityKey,
     names,
-    stats::Direction,
+    stats::{Direction, DropReason},
     values::{
-        AffinityValue, EGRESS_AFFINITY_SHIFT, EGRESS_CLIENT_AFFINITY, EGRESS_ORIGINATING_ONLY, FlowValue,
-        GATEWAY_DRAINING, GATEWAY_GONE, GATEWAY_READY, InboundValue, POD_ORIGINATING_ONLY, PodValue,
-        STATE_CONFIRMED, STATE_FIN, STATE_REPLY, STATE_REPLY_FIN, STATE_REPLY_RST, STATE_RST, STATE_SYN,
+        AffinityValue, EGRESS_AFFINITY_SHIFT, EGRESS_CLIENT_AFFINITY, EGRESS_ORIGINATING_ONLY, FRAGMENT_OPEN,
+        FlowValue, GATEWAY_DRAINING, GATEWAY_GONE, GATEWAY_READY, InboundValue, POD_ORIGINATING_ONLY,
+        PodValue, STATE_CONFIRMED, STATE_FIN, STATE_REPLY, STATE_REPLY_FIN, STATE_REPLY_RST, STATE_RST,
+        STATE_SYN,
     },
 };
 
@@ -24,7 +25,7 @@ const NOW: u32 = 1000;
 const TIMEOUT: u32 = 300;
 
 pub(super) fn rows(w: &World) -> Vec<Scenario> {
-    [affinities(w), draining(w), noted(w), answers(w)].concat()
+    [affinities(w), draining(w), noted(w), answers(w), answers_in_parts(w), errors(w), settled(w)].concat()
 }
 
 fn affinity(w: &World, egress: u32, gateway: u32, generation: u32, last_used: u32) -> Entry {
@@ -224,7 +225,7 @@ fn noted(w: &World) -> Vec<Scenario> {
         let other = build::tunnel(w.remote, w.pod, &inner);
         w.scenario(Hook::ToPod, "inbound: a tunnelled packet of a stranger is none either", &other)
             .with(node(w))
-            .drops(coil_common::stats::DropReason::UnknownGateway)
+            .drops(DropReason::UnknownGateway)
     });
     rows.push(row("inbound: UDP from the port of FOU", &back.udp((FOU, 9), b"x")).leaves(vec![inbound(
         w,
@@ -335,4 +336,90 @@ fn answers(w: &World) -> Vec<Scenario> {
             .counts_egress(w.egress(), Direction::Tx, &udp),
     );
     rows
+}
+
+/// A large datagram that answers one that has come in directly.
+fn answers_in_parts(w: &World) -> Vec<Scenario> {
+    let udp = w.out().udp(PORTS, &[7; 200]);
+    let part = |at: usize, more: bool, bytes: &[u8]| w.out().fragment(at as u16, more).packet(17, bytes);
+    let payload = &udp[w.header()..];
+    let parts =
+        [part(0, true, &payload[..80]), part(10, true, &payload[80..160]), part(20, false, &payload[160..])];
+    let before = inbound(w, answer(w, 17), CONFIRMED, NOW);
+    let after = || inbound(w, answer(w, 17), CONFIRMED | STATE_REPLY, 0);
+    let datagram = |ports, flags| w.datagram(w.pod, w.remote, ports, 17, flags);
+    let row = |name: &str, packet: &[u8]| {
+        w.scenario(Hook::FromPod, name, packet).with(node(w)).and(vec![before.clone()])
+    };
+    let untouched = || inbound(w, answer(w, 17), CONFIRMED, 0);
+    vec![
+        row("answer: the first fragment of a datagram", &parts[0])
+            .passes()
+            .leaves(vec![after(), datagram(PORTS, FRAGMENT_OPEN)]),
+        row("answer: a fragment in the middle", &parts[1])
+            .and(vec![datagram(PORTS, FRAGMENT_OPEN)])
+            .passes()
+            .leaves(vec![after(), datagram(PORTS, FRAGMENT_OPEN)]),
+        row("answer: the last fragment", &parts[2])
+            .and(vec![datagram(PORTS, FRAGMENT_OPEN)])
+            .passes()
+            .leaves(vec![after(), datagram(PORTS, 0)]),
+        row("answer: a fragment before the first", &parts[1])
+            .drops(DropReason::FragmentUnknown)
+            .leaves(vec![untouched()]),
+        row("answer: a fragment of another datagram", &parts[1])
+            .and(vec![datagram((PORTS.0, 1), FRAGMENT_OPEN)])
+            .drops(DropReason::FragmentUnknown)
+            .leaves(vec![untouched(), datagram((PORTS.0, 1), FRAGMENT_OPEN)]),
+    ]
+}
+
+/// Errors of the pod about what has come in directly.
+fn errors(w: &World) -> Vec<Scenario> {
+    let (out, back) = (w.out(), w.back());
+    let (unreachable, too_big) = if w.is_v4() { ((3, 3), (3, 4)) } else { ((1, 4), (2, 0)) };
+    let error = |(kind, code): (u8, u8), quoted: &[u8]| out.icmp(kind, code, [0, 0, 5, 0], quoted);
+    let about_udp = error(unreachable, &back.udp(PORTS_BACK, b"x"));
+    let about_tcp = error(too_big, &back.tcp(PORTS_BACK, ACK, &[], b"data"));
+    let about_echo = error(unreachable, &back.echo(true, 77, b"x"));
+    let row = |name: &str, packet: &[u8], before: Entry, state| {
+        let left = Entry { value: inbound(w, answer(w, 6), state, 0).value, ..before.clone() };
+        w.scenario(Hook::FromPod, name, packet).with(node(w)).and(vec![before]).leaves(vec![left])
+    };
+    let noted = |protocol, last_seen| inbound(w, answer(w, protocol), CONFIRMED, last_seen);
+    let echo = inbound(w, (w.pod, w.remote, (0, 77), w.icmp()), CONFIRMED, NOW);
+    vec![
+        row("answer: an error about a datagram", &about_udp, noted(17, NOW), CONFIRMED).passes(),
+        row("answer: an error about a connection", &about_tcp, noted(6, NOW - 900), CONFIRMED).passes(),
+        row("answer: an error about an echo request", &about_echo, echo, CONFIRMED).passes(),
+        row("answer: an error about a datagram long after", &about_udp, noted(17, NOW - 300), CONFIRMED)
+            .drops(DropReason::IcmpNoFlow),
+        row("answer: an error about nothing that has come", &about_udp, noted(6, NOW), CONFIRMED)
+            .drops(DropReason::IcmpNoFlow),
+        row("answer: an error, but the egress has not the mode", &about_udp, noted(17, NOW), CONFIRMED)
+            .and(vec![w.egress_entry(0, 1)])
+            .drops(DropReason::IcmpNoFlow),
+    ]
+}
+
+/// Flows that the egress has, of a pod whose answers leave directly: what is usual stays usual.
+fn settled(w: &World) -> Vec<Scenario> {
+    let tuple = answer(w, 6);
+    let known = FlowValue { state: CONFIRMED | STATE_REPLY, ..w.flow_value() };
+    let data = w.out().tcp(PORTS, ACK, &[], b"data");
+    let reply = w.back().tcp(PORTS_BACK, ACK, &[], b"data");
+    let received = FlowValue { rx_packets: 1, rx_bytes: reply.len() as u64, ..known };
+    let row = |hook, name: &str, packet: &[u8]| {
+        w.scenario(hook, name, packet).with(node(w)).and(vec![w.flow_entry(tuple, known)])
+    };
+    vec![
+        row(Hook::FromPod, "originating-only: a flow of an egress", &data)
+            .becomes(&w.to_gateway(&data))
+            .leaves(vec![w.flow_entry(tuple, sent(known, &data, 0))])
+            .counts_egress(w.egress(), Direction::Tx, &data),
+        row(Hook::ToPod, "originating-only: its reply", &w.to_client(&reply))
+            .becomes(&reply)
+            .leaves(vec![w.flow_entry(tuple, received)])
+            .counts_egress(w.egress(), Direction::Rx, &reply),
+    ]
 }
