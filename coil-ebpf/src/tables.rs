@@ -90,8 +90,8 @@ pub trait NodeTables<F: Family>: Clock + Fragments<F> + Affinities<F> + Inbounds
     fn put_flow(&self, key: &F::KeyWords, value: &FlowValue) -> Result<(), Full>;
     /// Writes the decision of a flow (set, egress, gateway and its generation) and keeps the rest.
     fn decide_flow(&self, flow: Self::Flow, value: &FlowValue);
-    /// Forgets the `STATE_*` bits of a flow: the same ports start over.
-    fn restart_flow(&self, flow: Self::Flow);
+    /// Forgets some `STATE_*` bits of a flow.
+    fn retract_flow(&self, flow: Self::Flow, bits: u32);
     /// Counts a packet of a flow.
     fn count_flow(&self, flow: Self::Flow, direction: Direction, tally: &Tally);
     /// Counts a packet of a flow whose state it does not change.

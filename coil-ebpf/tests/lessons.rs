@@ -13,7 +13,7 @@ use std::{
 use coil_common::{
     names,
     stats::{DropReason, IcmpStat},
-    values::{NatValue4, NatValue6},
+    values::{FlowValue, NatValue4, NatValue6},
 };
 use coil_ebpf::testing::{
     Action, Scenario,
@@ -183,4 +183,31 @@ fn an_icmp_error_neither_prolongs_nor_changes_any_flow() {
         count += usize::from(!before.is_empty());
     }
     assert!(count > 200, "{count} errors about flows");
+}
+
+#[test]
+fn a_reset_out_of_a_long_silence_does_not_prolong() {
+    for (name, prolongs) in [("a RST", true), ("a RST out of a long silence", false)] {
+        for hook in ["to_pod v4", "to_pod v6"] {
+            let scenario = scenario(&format!("{hook}: reset: {name}"));
+            let tables = Tables::new(&scenario.entries, 1000);
+            let last_seen = |entries: Vec<Entry>| {
+                let flow = entries.into_iter().find(|entry| entry.map.starts_with("flows_")).unwrap();
+                flow.value.read::<FlowValue>().last_seen
+            };
+            let before = last_seen(tables.entries());
+            let (action, _) =
+                interpret::run(scenario.hook, IFINDEX, &scenario.packet, &scenario.config, &tables);
+            assert_eq!(action, Action::Pass, "it is delivered");
+            let wanted = if prolongs { 1000 } else { before };
+            assert_eq!(last_seen(tables.entries()), wanted, "{hook}: {name}");
+        }
+    }
+}
+
+#[test]
+fn flows_of_pods_with_originating_only_take_the_short_way() {
+    let found = scenarios().into_iter().filter(|scenario| scenario.name.contains("originating-only: "));
+    let hits: Vec<_> = found.map(|scenario| scenario.check_short_way().unwrap()).collect();
+    assert!(hits.len() == 4 && hits.iter().all(|hits| *hits > 0), "{hits:?}");
 }

@@ -367,9 +367,10 @@ macro_rules! node_tables {
             }
 
             #[inline(always)]
-            fn restart_flow(&self, flow: *mut FlowValue) {
-                // SAFETY: points to a map value that stays until the program ends.
-                unsafe { (*flow).state = 0 }
+            fn retract_flow(&self, flow: *mut FlowValue, bits: u32) {
+                // SAFETY: points to a map value that stays until the program ends. What another packet
+                // notes at the same moment may be lost with it: it is noted again, or times out later.
+                unsafe { (*flow).state &= !bits }
             }
 
             #[inline(always)]

@@ -14,8 +14,8 @@ use coil_common::{
     config::{CONFIG_SOURCE_PORT_AUTO, Config},
     stats::{Direction, GatewayStat},
     values::{
-        EGRESS_SOURCE_PORT_AUTO, FlowValue, GATEWAY_GONE, GatewayValue, PodValue, STATE_CONFIRMED,
-        STATE_REPLY,
+        EGRESS_SOURCE_PORT_AUTO, FlowValue, GATEWAY_GONE, GatewayValue, POD_ORIGINATING_ONLY, PodValue,
+        STATE_CONFIRMED, STATE_REPLY, STATE_REPLY_RST, STATE_RST,
     },
 };
 
@@ -249,8 +249,8 @@ pub fn from_pod<F: Usual, P: Packet, T: NodeTables<F>, const IPIP: bool>(
     tables: &T,
     rewrite: &mut Rewrite<F>,
 ) -> Option<FlowHit<T::Flow>> {
-    // Neither a gateway nor somebody with sources of its own.
-    if pod.flags != 0 {
+    // Neither a gateway nor somebody with sources of its own; flows that an egress has it keeps.
+    if pod.flags & !POD_ORIGINATING_ONLY != 0 {
         return None;
     }
     let view = packet.view(F::PLAIN)?;
@@ -262,7 +262,7 @@ pub fn from_pod<F: Usual, P: Packet, T: NodeTables<F>, const IPIP: bool>(
     let flow = flow(&view, &ip, &l4);
     let entry = tables.flow(flow.key())?;
     let value = tables.flow_value(entry);
-    if value.set != pod.set || value.state & STATE_CONFIRMED == 0 {
+    if value.set != pod.set || value.state & (STATE_CONFIRMED | STATE_RST) != STATE_CONFIRMED {
         return None;
     }
     let gateway = gateway(&value, tables)?;
@@ -318,7 +318,7 @@ pub fn to_pod<F: Usual, P: Packet, T: NodeTables<F>, const IPIP: bool>(
     tables: &T,
     rewrite: &mut Rewrite<F>,
 ) -> Option<FlowHit<T::Flow>> {
-    if pod.flags != 0 {
+    if pod.flags & !POD_ORIGINATING_ONLY != 0 {
         return None;
     }
     let view = packet.view(F::PLAIN + overhead::<F, IPIP>())?;
@@ -328,7 +328,7 @@ pub fn to_pod<F: Usual, P: Packet, T: NodeTables<F>, const IPIP: bool>(
     }
     let entry = tables.flow(answered(&view, &inner, &l4).key())?;
     let value = tables.flow_value(entry);
-    if value.set != pod.set || value.state & STATE_REPLY == 0 {
+    if value.set != pod.set || value.state & (STATE_REPLY | STATE_REPLY_RST) != STATE_REPLY {
         return None;
     }
     // The gateway that the flow goes through is one that may answer.

@@ -21,7 +21,11 @@ use crate::{
     flow::{Flow, Hash},
     head::{Build, Tunnel},
     packet::{ETHERNET, Packet},
-    parse::{Ip, L4, Parse, l4, mss},
+    parse::{
+        Ip, L4, Parse,
+        l4::{self, RST},
+        mss,
+    },
     tables::{Full, NodeTables, Tally},
     usage,
     verdict::{Decision, Refusal, Rewrite, Verdict, Way, source_port},
@@ -133,10 +137,12 @@ pub fn from_pod<F: Parse + Build, P: Packet, T: NodeTables<F>>(
             tables.flow(flow.key())
         }
     };
-    if let (Some(entry), true) = (entry, wire::opens(&l4))
-        && choice.value.state & OVER != 0
+    let belied = choice.value.state & OVER & belies(&l4);
+    if let Some(entry) = entry
+        && belied != 0
     {
-        tables.restart_flow(entry);
+        // Of a connection that starts over nothing is left.
+        tables.retract_flow(entry, if wire::opens(&l4) { u32::MAX } else { belied });
     }
 
     if ip.fragment != 0 && !rewrite.noted {
@@ -200,6 +206,19 @@ pub(super) struct Choice<F: Family> {
 
 /// `STATE_*` bits of a connection that is over.
 const OVER: u32 = STATE_FIN | STATE_RST | STATE_REPLY_FIN | STATE_REPLY_RST;
+
+/// What a packet of the pod says of a connection is not so, or no longer: that it is over if it begins anew, that
+/// the pod has reset it if it goes on.
+#[inline(always)]
+const fn belies(l4: &L4) -> u32 {
+    if wire::opens(l4) {
+        OVER
+    } else if l4.flags & RST == 0 {
+        STATE_RST
+    } else {
+        0
+    }
+}
 
 /// The address of the gateway that a flow uses, if it still serves. A new connection with the ports of one
 /// that is over is a new flow to a gateway that takes none.

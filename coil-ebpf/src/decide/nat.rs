@@ -21,7 +21,7 @@ use crate::{
 };
 
 /// Seconds within which the client must have sent something for a RST to be believed.
-const RST_WINDOW: u32 = 60;
+pub(super) const RST_WINDOW: u32 = 60;
 
 /// A packet from a client has a translation that need not be looked after.
 #[inline(always)]

@@ -13,7 +13,7 @@
 use coil_common::{
     config::Config,
     stats::{Direction, DropReason, GatewayStat},
-    values::{POD_GATEWAY, PodValue, STATE_CONFIRMED},
+    values::{POD_GATEWAY, PodValue, STATE_CONFIRMED, STATE_REPLY_RST},
 };
 
 use super::{
@@ -77,8 +77,12 @@ pub fn client<F: Usual, P: Packet, T: NodeTables<F> + Near<F>>(
         None => None,
         Some(entry) => {
             let tally = wire::tally(packet, &ip, &l4, 0, 0);
-            let egress = tables.flow_value(entry).egress;
-            Some(FlowHit::new(entry, egress, Direction::Rx, tally.packets, tally.bytes))
+            let value = tables.flow_value(entry);
+            // A RST after which more comes was none.
+            if value.state & STATE_REPLY_RST != 0 {
+                tables.retract_flow(entry, STATE_REPLY_RST);
+            }
+            Some(FlowHit::new(entry, value.egress, Direction::Rx, tally.packets, tally.bytes))
         }
     };
     Some((ifindex, hit))

@@ -5,15 +5,16 @@
 use coil_common::{
     config::{CONFIG_NEAR, Config},
     stats::{Direction, DropReason},
-    values::{NO_POLICY, POD_GATEWAY, PodValue},
+    values::{FlowValue, NO_POLICY, POD_GATEWAY, PodValue, STATE_REPLY_RST},
 };
 
-use super::{from_pod::Account, near, wire};
+use super::{from_pod::Account, nat::RST_WINDOW, near, wire};
 use crate::{
     encap::Encap,
+    family::Family,
     packet::{ETHERNET, Packet},
     parse::{
-        l4, mss,
+        L4, l4, mss,
         tunnel::{self, Outer},
     },
     tables::NodeTables,
@@ -80,14 +81,41 @@ pub fn to_pod<F: Outer, P: Packet, T: NodeTables<F>>(
     let account = match flow {
         None => None,
         Some(entry) => {
-            let state = wire::shows(&l4, true, &wire::RESPONDER);
+            let value = tables.flow_value(entry);
+            let (now, state) = believed(entry, &value, &l4, tables);
             Some(Account {
                 flow: Some(entry),
-                egress: tables.flow_value(entry).egress,
+                egress: value.egress,
                 direction: Direction::Rx,
-                tally: wire::tally(packet, &inner, &l4, tables.now(), state),
+                tally: wire::tally(packet, &inner, &l4, now, state),
             })
         }
     };
     Ok(Verdict::Rewrite(account))
+}
+
+/// When a packet of a flow came and what it shows, as far as it is believed.
+///
+/// As at a gateway (see [`nat`](super::nat)): a RST out of a long silence ends nothing, and makes nothing last
+/// longer; one after which more comes was none.
+#[inline(always)]
+fn believed<F: Family, T: NodeTables<F>>(
+    entry: T::Flow,
+    value: &FlowValue,
+    l4: &L4,
+    tables: &T,
+) -> (u32, u32) {
+    let now = tables.now();
+    let state = wire::shows(l4, true, &wire::RESPONDER);
+    if state & STATE_REPLY_RST == 0 {
+        if value.state & STATE_REPLY_RST != 0 {
+            tables.retract_flow(entry, STATE_REPLY_RST);
+        }
+        return (now, state);
+    }
+    // Clocks of processors may differ by a tick.
+    if now > value.last_seen && now - value.last_seen >= RST_WINDOW {
+        return (value.last_seen, state & !STATE_REPLY_RST);
+    }
+    (now, state)
 }

@@ -436,8 +436,8 @@ macro_rules! tables {
                 });
             }
 
-            fn restart_flow(&self, flow: Self::Flow) {
-                self.change::<FlowValue>(flow, |old| old.state = 0);
+            fn retract_flow(&self, flow: Self::Flow, bits: u32) {
+                self.change::<FlowValue>(flow, |old| old.state &= !bits);
             }
 
             fn count_flow(&self, flow: Self::Flow, direction: Direction, tally: &Tally) {

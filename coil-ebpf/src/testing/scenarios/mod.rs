@@ -9,6 +9,7 @@ mod ipip;
 mod near;
 mod notes;
 mod ports;
+mod reset;
 mod to_pod;
 mod world;
 
@@ -30,6 +31,7 @@ pub fn scenarios() -> Vec<Scenario> {
         out.extend(fragments::rows(&world));
         out.extend(notes::rows(&world));
         out.extend(ports::rows(&world));
+        out.extend(reset::rows(&world));
     }
     out
 }

@@ -5,7 +5,7 @@ use coil_common::{
     values::{FlowValue, NO_POLICY, POD_GATEWAY, PodValue, STATE_REPLY, STATE_REPLY_FIN, STATE_REPLY_RST},
 };
 
-use super::world::{ACK, MSS_1460, PORTS, PORTS_BACK, SYN, SYN_ACK, Tuple, World};
+use super::world::{ACK, MSS_1460, NOW, PORTS, PORTS_BACK, SYN, SYN_ACK, Tuple, World};
 use crate::testing::{
     build::{FOU, Ip},
     scenario::{Hook, Scenario},
@@ -122,7 +122,7 @@ fn unpacked(w: &World) -> Vec<Scenario> {
     let tuple = |ports: (u16, u16), protocol: u8| -> Tuple { (w.pod, w.remote, ports, protocol) };
     let known = |name: &str, inner: &[u8], becomes: &[u8], flow: Tuple, state: u32| {
         row(w, name, &w.to_client(inner))
-            .and(vec![w.flow_entry(flow, w.flow_value())])
+            .and(vec![w.flow_entry(flow, FlowValue { last_seen: NOW, ..w.flow_value() })])
             .becomes(becomes)
             .leaves(vec![w.flow_entry(flow, received(w.flow_value(), inner, STATE_REPLY | state))])
             .counts_egress(w.egress(), Direction::Rx, inner)
