@@ -185,6 +185,8 @@ impl VmTest {
         let mut command = runner();
         // One processor: an emulated kernel that patches its code while another runs it has been seen to crash.
         command.args(["run", "-c", "1", "-t", &self.timeout.to_string(), "-s"]).arg(target_dir());
+        // In the machine /tmp is its own, and the working copy may be below it.
+        command.arg("-s").arg(root().join("coil-ebpf/corpus"));
         if self.console {
             command.arg("-v");
         }
