@@ -160,12 +160,18 @@ pub trait NatTables<F: Family>: Clock + Fragments<F> {
     fn restart(&self, entry: Self::Entry);
     /// Notes by what the client's packets come.
     fn set_encap(&self, entry: Self::Entry, encap: Encap);
-    /// Adds a forward entry to a reverse one that has lost its own: it is no news to anybody.
+    /// Adds a forward entry if there is none.
     ///
     /// # Errors
     ///
-    /// [`Full`] if the table has no room.
-    fn restore_forward(&self, key: &F::KeyWords, value: &F::Nat) -> Result<(), Full>;
+    /// [`ReserveError`] if there is one, or no room.
+    fn add_forward(&self, key: &F::KeyWords, value: &F::Nat) -> Result<(), ReserveError>;
+    /// Adds a forward entry, if there is none, to a reverse one that has lost its own: it is no news to anybody.
+    ///
+    /// # Errors
+    ///
+    /// [`ReserveError`] if there is one, or no room.
+    fn restore_forward(&self, key: &F::KeyWords, value: &F::Nat) -> Result<(), ReserveError>;
     /// Removes a forward entry.
     fn remove_forward(&self, key: &F::KeyWords);
     /// Forgets some `STATE_*` bits of an entry.

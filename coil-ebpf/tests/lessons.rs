@@ -136,6 +136,34 @@ fn a_port_that_somebody_else_gets_meanwhile_stays_theirs() {
     }
 }
 
+/// Another packet of the same flow gets a port between the look at it and its reservation, on another processor: the
+/// flow keeps that one, and nothing is left over.
+#[test]
+fn a_port_that_the_same_flow_gets_meanwhile_is_its_own() {
+    for v6 in [false, true] {
+        let (family, forward, reverse) = family(v6);
+        let port = PORT.to_be_bytes();
+        let own = match hosts(v6)[0] {
+            IpAddr::V4(addr) => Value::of(&NatValue4 { addr: addr.octets(), port, ..NatValue4::default() }),
+            IpAddr::V6(addr) => Value::of(&NatValue6 { addr: addr.octets(), port, ..NatValue6::default() }),
+        };
+        for name in ["UDP", "SYN", "the reverse half is rebuilt"] {
+            let scenario = scenario(&format!("gateway {family}: {name}"));
+            let world = World { value: own.clone(), ..World::new(&scenario, v6, 2) };
+            let had = Rc::clone(&world.had);
+            let tables = Tables::over(Box::new(world), 1000);
+            let (action, _) =
+                interpret::run(scenario.hook, IFINDEX, &scenario.packet, &scenario.config, &tables);
+            assert_eq!(action, Action::Back, "{name}");
+            let entries = tables.entries();
+            let of = |map: &str| entries.iter().filter(|entry| entry.map == map).collect::<Vec<_>>();
+            assert_eq!(of(reverse).len(), 1, "{name}: {entries:?}");
+            assert_eq!(Some(&of(reverse)[0].key.0), had.borrow().as_ref(), "{name}");
+            assert_eq!(of(forward).len(), 1, "{name}: {entries:?}");
+        }
+    }
+}
+
 #[test]
 fn a_destination_without_a_free_port_costs_few_look_ups() {
     for v6 in [false, true] {

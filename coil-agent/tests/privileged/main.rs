@@ -12,6 +12,7 @@ mod near;
 mod netlink;
 mod pins;
 mod ports;
+mod race;
 mod restart;
 mod router;
 mod routes;

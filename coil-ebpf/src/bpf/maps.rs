@@ -125,6 +125,15 @@ const _: () = assert!(size_of::<Work<V6>>() <= WORK_WORDS * 8 && size_of::<Work<
 /// `-EEXIST`
 const EXISTS: i32 = -17;
 
+/// Why an entry was not added where none may be replaced.
+#[inline(always)]
+const fn not_added(error: i32) -> ReserveError {
+    match error {
+        EXISTS => ReserveError::Taken,
+        _ => ReserveError::Full,
+    }
+}
+
 /// All maps.
 pub(super) struct Maps;
 
@@ -549,12 +558,8 @@ macro_rules! nat_tables {
                 key: &<$family as Family>::KeyWords,
                 value: &<$family as Family>::Nat,
             ) -> Result<(), ReserveError> {
-                $reverse.insert(shared::<$family>(key), value, u64::from(BPF_NOEXIST)).map_err(|error| {
-                    match error {
-                        EXISTS => ReserveError::Taken,
-                        _ => ReserveError::Full,
-                    }
-                })
+                let added = $reverse.insert(shared::<$family>(key), value, u64::from(BPF_NOEXIST));
+                added.map_err(not_added)
             }
 
             #[inline(always)]
@@ -575,13 +580,25 @@ macro_rules! nat_tables {
             }
 
             #[inline(always)]
+            fn add_forward(
+                &self,
+                key: &<$family as Family>::KeyWords,
+                value: &<$family as Family>::Nat,
+            ) -> Result<(), ReserveError> {
+                let added = $forward.insert(shared::<$family>(key), value, u64::from(BPF_NOEXIST));
+                added.map_err(not_added)?;
+                events::translation(shared::<$family>(key), &value.addr, value.port);
+                Ok(())
+            }
+
+            #[inline(always)]
             fn restore_forward(
                 &self,
                 key: &<$family as Family>::KeyWords,
                 value: &<$family as Family>::Nat,
-            ) -> Result<(), Full> {
+            ) -> Result<(), ReserveError> {
                 let (key, value) = (shared::<$family>(key), bytemuck::cast_ref(value));
-                $forward.insert(key, value, u64::from(BPF_ANY)).map_err(|_| Full)
+                $forward.insert(key, value, u64::from(BPF_NOEXIST)).map_err(not_added)
             }
 
             #[inline(always)]

@@ -24,7 +24,7 @@ use crate::{
         L4,
         l4::{Kind, RST},
     },
-    tables::{NatTables, Ports, ReserveError},
+    tables::{Full, NatTables, Ports, ReserveError},
     usage,
 };
 
@@ -379,6 +379,7 @@ pub fn look_after<F: Family, T: NatTables<F>>(work: &mut Work<F>, shape: Shape, 
         work.value = F::translation(&work.flow.src(), work.flow.src_port(), 0, now);
         return match tables.reserve(work.other.key(), &work.value) {
             Ok(()) => HALF_GOOD,
+            Err(ReserveError::Taken) if is_ours(work, tables) => HALF_GOOD,
             Err(ReserveError::Taken) => HALF_LOST,
             Err(ReserveError::Full) => HALF_ERROR + DropReason::NatTableFull.index(),
         };
@@ -398,6 +399,15 @@ pub fn look_after<F: Family, T: NatTables<F>>(work: &mut Work<F>, shape: Shape, 
 #[inline(always)]
 fn is_same<F: Family>(addr: &F::Addr, port: [u8; 2], flow: &Flow<F>) -> bool {
     F::same(addr, &flow.src()) && u16::from_ne_bytes(port) == u16::from_ne_bytes(flow.src_port())
+}
+
+/// The port that was just found taken is the flow's: another packet of it was faster, on another processor.
+#[inline(always)]
+fn is_ours<F: Family, T: NatTables<F>>(work: &Work<F>, tables: &T) -> bool {
+    tables.reverse(work.other.key()).is_some_and(|entry| {
+        let owner = tables.translation(entry);
+        is_same(&owner.addr, owner.port, &work.flow)
+    })
 }
 
 /// This port is reserved for the flow.
@@ -481,9 +491,26 @@ pub fn settle<F: Family, T: NatTables<F>>(
     let now = tables.now();
     let port = ((found & 0xffff) as u16).to_be_bytes();
     work.value = F::translation(&F::of_config(config), port, 0, now);
-    let put = tables.put_forward(work.flow.key(), &work.value);
-    if found >> 24 == SEARCH_OURS {
-        // The forward half was lost: the count knows the flow already.
+    let ours = found >> 24 == SEARCH_OURS;
+    let put = if ours {
+        // The count knows the flow already, and whoever listens.
+        tables.restore_forward(work.flow.key(), &work.value)
+    } else {
+        tables.add_forward(work.flow.key(), &work.value)
+    };
+    let put = match put {
+        Ok(()) => Ok(()),
+        Err(ReserveError::Full) => Err(Full),
+        // Another packet of the flow was faster, on another processor, unless this is one whose port somebody else has.
+        Err(ReserveError::Taken) => match tables.forward(work.flow.key()) {
+            Some(entry) if u16::from_ne_bytes(tables.translation(entry).port) == u16::from_ne_bytes(port) => {
+                Ok(())
+            }
+            _ => tables.put_forward(work.flow.key(), &work.value),
+        },
+    };
+    if ours {
+        // The forward half was lost, or is about to be there.
         if shape.has(Shape::SYN)
             && let Some(entry) = tables.reverse(work.other.key())
         {
@@ -572,6 +599,7 @@ fn try_port<F: Family, T: NatTables<F>>(work: &mut Work<F>, port: u16, how: How,
     }
     match tables.reserve(work.other.key(), &work.value) {
         Ok(()) => PROBE_RESERVED,
+        Err(ReserveError::Taken) if is_ours(work, tables) => PROBE_OURS,
         Err(ReserveError::Taken) => PROBE_TAKEN,
         Err(ReserveError::Full) => PROBE_FULL,
     }

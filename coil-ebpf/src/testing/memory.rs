@@ -541,12 +541,20 @@ macro_rules! tables {
                 self.put($maps[4], &Key::of(key), value, true).map_err(|_| Full)
             }
 
+            fn add_forward(
+                &self,
+                key: &<$family as Family>::KeyWords,
+                value: &<$family as Family>::Nat,
+            ) -> Result<(), ReserveError> {
+                self.put($maps[4], &Key::of(key), value, false)
+            }
+
             fn restore_forward(
                 &self,
                 key: &<$family as Family>::KeyWords,
                 value: &<$family as Family>::Nat,
-            ) -> Result<(), Full> {
-                self.put($maps[4], &Key::of(key), value, true).map_err(|_| Full)
+            ) -> Result<(), ReserveError> {
+                self.put($maps[4], &Key::of(key), value, false)
             }
 
             fn remove_forward(&self, key: &<$family as Family>::KeyWords) {
