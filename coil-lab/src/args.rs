@@ -45,6 +45,19 @@ enum Verb {
         /// Name of the node
         node: String,
     },
+    /// Cut a node's power; it stays dark until `on`
+    ///
+    /// As in `reboot`, but for its start. The API is told nothing: as for a real node, its pods stay ready there until
+    /// somebody patches them.
+    Off {
+        /// Name of the node
+        node: String,
+    },
+    /// Start a node again that was switched off; returns when Coil is ready on it
+    On {
+        /// Name of the node
+        node: String,
+    },
     /// List nodes, pods, addresses, namespaces, processes and log files
     Status {
         /// Print one JSON object
@@ -186,6 +199,14 @@ impl LabArgs {
                 let begun = std::time::Instant::now();
                 runtime()?.block_on(lab.reboot(&node))?;
                 eprintln!("{node} is back after {:.1} s", begun.elapsed().as_secs_f32());
+                Ok(ExitCode::SUCCESS)
+            }
+            Verb::Off { node } => {
+                runtime()?.block_on(Lab::open()?.power_off(&node))?;
+                Ok(ExitCode::SUCCESS)
+            }
+            Verb::On { node } => {
+                runtime()?.block_on(Lab::open()?.power_on(&node))?;
                 Ok(ExitCode::SUCCESS)
             }
             Verb::Status { json } => {

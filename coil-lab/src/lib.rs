@@ -69,6 +69,14 @@ pub enum LabError {
         #[source]
         source: io::Error,
     },
+    /// A node that was not switched off or on.
+    #[error("the power of node {node} was not switched: {reason}")]
+    Power {
+        /// Its name.
+        node: String,
+        /// What the supervisor says.
+        reason: String,
+    },
     /// A node did not start again.
     #[error("node {node} was not started again: {reason}")]
     Reboot {
@@ -142,6 +150,21 @@ impl Lab {
         let request = Request::Reboot(node.to_owned());
         let answer = control::ask(&request).await.map_err(|source| LabError::Ask { source })?;
         answer.map_err(|reason| LabError::Reboot { node: node.to_owned(), reason })
+    }
+
+    /// Cuts the power of a node, which stays dark: nothing there can say good-bye, and nobody tells the API.
+    pub async fn power_off(&self, node: &str) -> Result<(), LabError> {
+        self.switch(node, Request::Off(node.to_owned())).await
+    }
+
+    /// Starts a node again whose power was cut. Returns when Coil is ready on it; other pods may still start.
+    pub async fn power_on(&self, node: &str) -> Result<(), LabError> {
+        self.switch(node, Request::On(node.to_owned())).await
+    }
+
+    async fn switch(&self, node: &str, request: Request) -> Result<(), LabError> {
+        let answer = control::ask(&request).await.map_err(|source| LabError::Ask { source })?;
+        answer.map_err(|reason| LabError::Power { node: node.to_owned(), reason })
     }
 
     /// Kubeconfig for programs of the root namespace.

@@ -15,6 +15,10 @@ use tracing::warn;
 pub(crate) enum Request {
     /// Cut a node's power and start it again.
     Reboot(String),
+    /// Cut a node's power.
+    Off(String),
+    /// Start a node that has no power.
+    On(String),
 }
 
 /// What became of it: nothing to add, or why not.

@@ -146,13 +146,12 @@ async fn run() -> anyhow::Result<()> {
             Some(ended) = controllers.join_next() => break ended.context("a controller"),
             Some(asked) = asked.recv() => asked,
         };
-        let control::Request::Reboot(node) = request;
         let done = tokio::select! {
-            done = reboot::reboot(&lab, &client, &mut background, &switch, &node) => done,
+            done = reboot::serve(&request, &lab, &client, &mut background, &switch) => done,
             _ = terminate.recv() => break Ok(()),
         };
         if answer.send(done.map_err(|error| format!("{error:#}"))).is_err() {
-            info!(node, "who asked for a reboot is gone");
+            info!(?request, "who asked is gone");
         }
     };
     shutdown.cancel();

@@ -2,6 +2,7 @@
 //! is pinned and what is in `/run`; configuration and the container runtime's records are on disk and stay.
 
 use super::background::Background;
+use super::control::Request;
 use super::{bpffs, objects};
 use crate::cni::Attachment;
 use crate::kubelet::Switch;
@@ -21,19 +22,32 @@ use std::path::Path;
 use std::time::Duration;
 use tracing::info;
 
-/// Returns when Coil is ready on the node again.
-pub(super) async fn reboot(
+/// Cuts the power of a node, starts one, or both.
+pub(super) async fn serve(
+    request: &Request,
     state: &State,
     client: &Client,
     background: &mut Background,
     switch: &Switch,
-    name: &str,
 ) -> anyhow::Result<()> {
-    let topology = &state.topology;
-    let node = topology.node(name).with_context(|| format!("there is no node {name}"))?;
+    let find = |name: &str| state.topology.node(name).with_context(|| format!("there is no node {name}"));
+    match request {
+        Request::Reboot(name) => {
+            let node = find(name)?;
+            off(state, background, switch, node).await?;
+            on(state, client, background, switch, node).await
+        }
+        Request::Off(name) => off(state, background, switch, find(name)?).await,
+        Request::On(name) => on(state, client, background, switch, find(name)?).await,
+    }
+}
+
+/// Returns when nothing of the node is left.
+async fn off(state: &State, background: &mut Background, switch: &Switch, node: &Node) -> anyhow::Result<()> {
+    let name = node.name.as_str();
     info!(node = name, "its power is cut");
     // First the link, so that nothing that ends can still say so.
-    topology::unplug(topology, node)?;
+    topology::unplug(&state.topology, node)?;
     background.stop(node);
     let namespaces = namespaces(node);
     switch.off(name).await?;
@@ -44,10 +58,20 @@ pub(super) async fn reboot(
     for namespace in &namespaces {
         namespace.remove()?;
     }
-    forget(node).with_context(|| format!("what {name} had in memory"))?;
+    forget(node).with_context(|| format!("what {name} had in memory"))
+}
 
+/// Returns when Coil is ready on the node again.
+async fn on(
+    state: &State,
+    client: &Client,
+    background: &mut Background,
+    switch: &Switch,
+    node: &Node,
+) -> anyhow::Result<()> {
+    let name = node.name.as_str();
     info!(node = name, "it starts again");
-    topology::plug(topology, node)?;
+    topology::plug(&state.topology, node)?;
     bpffs::folder(node)?;
     if state.options.wired_by() == Networking::Coil {
         background.routing_of(node)?;

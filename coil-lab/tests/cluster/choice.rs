@@ -28,7 +28,7 @@ async fn patch(lab: &Lab, namespace: &str, patch: &str) -> Result<()> {
 }
 
 /// Waits until so many gateways of an Egress are ready; their addresses and nodes.
-async fn gateways(lab: &Lab, namespace: &str, count: usize) -> Result<Vec<(IpAddr, String)>> {
+pub async fn gateways(lab: &Lab, namespace: &str, count: usize) -> Result<Vec<(IpAddr, String)>> {
     until("the gateways are ready", || async {
         let slices = get(lab, &["--namespace", namespace, "endpointslices"]).await?;
         let all: Vec<(IpAddr, String)> = slices["items"]

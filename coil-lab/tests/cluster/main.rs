@@ -9,6 +9,7 @@ mod support;
 mod bad_input;
 mod choice;
 mod closed_doors;
+mod dark;
 mod errors;
 mod flood;
 mod gateways;
@@ -68,6 +69,7 @@ fn scenarios() -> Vec<Scenario> {
         // Last: these kill what the others use, and fill what they need.
         restart::scenarios(),
         flood::scenarios(),
+        dark::scenarios(),
     ]
     .into_iter()
     .flatten()
