@@ -59,6 +59,7 @@ fn main() -> Result<()> {
         redirect_peer: false,
         quotas: Quotas::default(),
         address_only: false,
+        pick_up: false,
         timeouts: Timeouts::default(),
     })?;
     let folder = root.join("v1/egress/sweep");

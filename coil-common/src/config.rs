@@ -46,12 +46,15 @@ pub struct Config {
     pub nat_client_ports: u32,
     /// Egress flows of one family that a pod of a node may have; 0 for no limit.
     pub pod_flows: u32,
-    /// Seconds that idle flows are kept, by kind: what the agent goes by, for whoever lists them. Programs do not look.
+    /// Seconds that idle flows are kept, by kind: what the agent goes by, for whoever lists them. Programs look at that of
+    /// [`FRAGMENT_TIMEOUT`] alone.
     pub timeouts: [u32; TIMEOUTS],
 }
 
 /// Kinds of idle flows that have times of their own.
-pub const TIMEOUTS: usize = 11;
+pub const TIMEOUTS: usize = 12;
+/// Index in [`Config::timeouts`] of the seconds for which later fragments may follow the first.
+pub const FRAGMENT_TIMEOUT: usize = 11;
 
 /// [`Config::icmp_rate`] unless configured otherwise.
 pub const DEFAULT_ICMP_RATE: u32 = 250;
@@ -72,7 +75,9 @@ pub const CONFIG_SHORTCUT: u32 = 1 << 9;
 /// [`Config::flags`]: the kernel cuts datagrams that left in one piece, whose checksums are not left to it, and sums
 /// them right; see `take_off_sum` of the datapath.
 pub const CONFIG_CUT: u32 = 1 << 5;
+/// [`Config::flags`]: TCP from the middle of a connection that a gateway does not know makes a translation too.
+pub const CONFIG_PICK_UP: u32 = 1 << 6;
 /// [`Config::flags`]: IP protocols without ports that are known here are translated by address alone.
 pub const CONFIG_ADDRESS_ONLY: u32 = 1 << 4;
 
-shared! { Config = 112 }
+shared! { Config = 116 }

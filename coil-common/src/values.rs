@@ -248,7 +248,7 @@ pub struct FragmentValue {
 
 /// [`FragmentValue::flags`]: the last fragment has not been seen.
 pub const FRAGMENT_OPEN: u8 = 1 << 0;
-/// Seconds for which later fragments may follow the first.
+/// Seconds for which later fragments may follow the first, unless configured otherwise.
 pub const FRAGMENT_SECONDS: u32 = 5;
 
 /// A client pod that a gateway serves.

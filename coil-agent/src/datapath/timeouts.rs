@@ -7,7 +7,7 @@
 use bytemuck::{Pod, Zeroable};
 use coil_common::config::{Config, TIMEOUTS};
 use coil_common::values::{
-    STATE_CONFIRMED, STATE_FIN, STATE_REPLY, STATE_REPLY_FIN, STATE_REPLY_RST, STATE_RST,
+    FRAGMENT_SECONDS, STATE_CONFIRMED, STATE_FIN, STATE_REPLY, STATE_REPLY_FIN, STATE_REPLY_RST, STATE_RST,
 };
 
 const ICMP: u8 = libc::IPPROTO_ICMP as u8;
@@ -72,6 +72,10 @@ pub struct Timeouts {
     #[arg(id = "timeout_other", long = "timeout-other", env = "COIL_TIMEOUT_OTHER", value_name = "SECONDS",
           default_value_t = 600, value_parser = seconds())]
     pub other: u32,
+    /// Seconds within which later fragments of a datagram may follow its first one.
+    #[arg(id = "timeout_fragment", long = "timeout-fragment", env = "COIL_TIMEOUT_FRAGMENT",
+          value_name = "SECONDS", default_value_t = FRAGMENT_SECONDS, value_parser = seconds())]
+    pub fragment: u32,
 }
 
 fn seconds() -> clap::builder::RangedI64ValueParser<u32> {
@@ -92,6 +96,7 @@ impl Default for Timeouts {
             udp_dns: 30,
             icmp: 60,
             other: 600,
+            fragment: FRAGMENT_SECONDS,
         }
     }
 }
@@ -156,6 +161,7 @@ mod tests {
     #![allow(clippy::unwrap_used, reason = "tests")]
 
     use clap::{CommandFactory, Parser};
+    use coil_common::config::FRAGMENT_TIMEOUT;
     use coil_common::values::STATE_SYN;
 
     use super::*;
@@ -172,8 +178,10 @@ mod tests {
         seconds.iter_mut().zip(1..).for_each(|(second, number)| *second = number);
         let config = Config { timeouts: seconds, ..Config::default() };
         assert_eq!(Timeouts::configured(&config).seconds(), seconds);
-        let Timeouts { tcp_opening, tcp_established, other, .. } = bytemuck::cast(seconds);
+        let Timeouts { tcp_opening, tcp_established, other, fragment, .. } = bytemuck::cast(seconds);
         assert_eq!((tcp_opening, tcp_established, other), (1, 3, 11));
+        // Programs look at this one.
+        assert_eq!(fragment, seconds[FRAGMENT_TIMEOUT]);
     }
 
     #[test]
@@ -221,7 +229,7 @@ mod tests {
         let command = Command::command();
         let flags: Vec<_> =
             command.get_arguments().filter(|argument| argument.get_long() != Some("help")).collect();
-        assert_eq!(flags.len(), 11);
+        assert_eq!(flags.len(), TIMEOUTS);
         for flag in flags {
             assert!(
                 flag.get_env().is_some()

@@ -16,7 +16,7 @@ use coil_runtime::tasks::{Drain, Tasks};
 use coil_runtime::{admin, kube_client, metrics, telemetry};
 use tokio::sync::mpsc;
 
-use super::args::Args;
+use super::args::{Args, MidStream};
 use super::census::Census;
 use super::clients::{ClientIndex, Input};
 use super::collect::NatCollector;
@@ -68,6 +68,7 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
         nat_client_flows,
         nat_client_ports,
         other_protocols,
+        tcp_mid_stream,
         timeouts,
         pod_addresses,
         pod_namespace,
@@ -123,6 +124,7 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
         icmp,
         quotas,
         address_only: other_protocols == OtherProtocols::AddressOnly,
+        pick_up: tcp_mid_stream == MidStream::PickUp,
         timeouts,
     };
     let datapath = tokio::task::spawn_blocking(move || GatewayDatapath::open(&options))

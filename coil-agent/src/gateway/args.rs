@@ -76,6 +76,9 @@ pub struct Args {
     /// What happens to IP protocols other than TCP, UDP and ICMP.
     #[arg(long, env = "COIL_OTHER_PROTOCOLS", value_enum, default_value_t = OtherProtocols::Drop)]
     pub other_protocols: OtherProtocols,
+    /// What happens to TCP from the middle of a connection that is not known here.
+    #[arg(long, env = "COIL_TCP_MID_STREAM", value_enum, default_value_t = MidStream::Drop)]
+    pub tcp_mid_stream: MidStream,
     /// How long idle translations are kept.
     #[command(flatten)]
     pub timeouts: Timeouts,
@@ -108,6 +111,17 @@ impl Args {
             _ => named_folder(&self.pod_namespace, &self.pod_name),
         }
     }
+}
+
+/// What happens to TCP from the middle of a connection that is not known here, since another egress pod had it, or
+/// it was silent for too long.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum MidStream {
+    /// It is dropped and counted: the pod finds out when it has tried for long enough.
+    Drop,
+    /// It is translated like the beginning of one. The remote host knows nothing of a connection from this address and
+    /// resets it, so that the pod finds out at once; where the address is the same, it goes on.
+    PickUp,
 }
 
 /// Addresses of a pod: at most one of each family, and at least one.
@@ -178,6 +192,8 @@ mod tests {
         assert_eq!(ranges.nat_port_range, Some(PortRange(2000..=2999)));
         assert_eq!(ranges.nat_port_exclude, [PortRange(2100..=2100), PortRange(2200..=2300)]);
         assert_eq!(parse(&["--other-protocols=address-only"]).other_protocols, OtherProtocols::AddressOnly);
+        assert_eq!(parse(&[]).tcp_mid_stream, MidStream::Drop);
+        assert_eq!(parse(&["--tcp-mid-stream=pick-up"]).tcp_mid_stream, MidStream::PickUp);
         assert_eq!(parse(&[]).timeouts, Timeouts::default());
         assert_eq!(parse(&["--pod-uid=aa-bb"]).pin_name(), "aa-bb");
         assert_eq!(parse(&["--pod-uid=../x"]).pin_name(), "internet_nat-abc");

@@ -6,7 +6,9 @@ use std::path::PathBuf;
 
 use aya::maps::{HashMap, MapData};
 use aya::programs::{ProgramFd, ProgramInfo};
-use coil_common::config::{CONFIG_ADDRESS_ONLY, CONFIG_REDIRECT_PEER, CONFIG_SOURCE_PORT_AUTO, Config};
+use coil_common::config::{
+    CONFIG_ADDRESS_ONLY, CONFIG_PICK_UP, CONFIG_REDIRECT_PEER, CONFIG_SOURCE_PORT_AUTO, Config,
+};
 use coil_common::keys::{ClientKey4, ClientKey6};
 use coil_common::names;
 use coil_common::values::ClientValue;
@@ -51,6 +53,8 @@ pub struct GatewayOptions {
     pub quotas: Quotas,
     /// Protocols without ports are translated by address alone.
     pub address_only: bool,
+    /// TCP from the middle of an unknown connection makes a translation.
+    pub pick_up: bool,
     /// How long idle translations are kept.
     pub timeouts: Timeouts,
 }
@@ -108,6 +112,7 @@ impl GatewayDatapath {
             icmp,
             quotas,
             address_only,
+            pick_up,
             timeouts,
         } = options;
         let folder = PinFolder::open(bpffs_root, IfUnmounted::Mount)?.gateway(pin_name)?;
@@ -123,6 +128,7 @@ impl GatewayDatapath {
             flags: flag(*source_port_auto, CONFIG_SOURCE_PORT_AUTO)
                 | flag(*redirect_peer, CONFIG_REDIRECT_PEER)
                 | flag(*address_only, CONFIG_ADDRESS_ONLY)
+                | flag(*pick_up, CONFIG_PICK_UP)
                 | cut(),
             seed: boot_seed()?,
             nat_admit: admitted(*max_nat),

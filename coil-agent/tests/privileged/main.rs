@@ -10,6 +10,7 @@ mod inspect;
 mod ipam;
 mod near;
 mod netlink;
+mod pickup;
 mod pins;
 mod ports;
 mod race;

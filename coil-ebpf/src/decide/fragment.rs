@@ -10,11 +10,9 @@
 //! as long as two remote flows do not use it at once: an unfinished datagram keeps it for a second.
 
 use coil_common::{
-    config::{CONFIG_SOURCE_PORT_AUTO, Config},
+    config::{CONFIG_SOURCE_PORT_AUTO, Config, FRAGMENT_TIMEOUT},
     stats::{Direction, DropReason, GatewayStat},
-    values::{
-        EGRESS_SOURCE_PORT_AUTO, FRAGMENT_OPEN, FRAGMENT_SECONDS, FragmentValue, POD_ANY_SOURCE, PodValue,
-    },
+    values::{EGRESS_SOURCE_PORT_AUTO, FRAGMENT_OPEN, FragmentValue, POD_ANY_SOURCE, PodValue},
 };
 
 use super::{from_pod, gateway, inbound, wire};
@@ -123,11 +121,13 @@ fn follow<F: Family, P: Packet, T: Fragments<F>>(
     packet: &P,
     ip: &Ip<F>,
     now: u32,
+    config: &Config,
     tables: &T,
 ) -> Result<Flow<F>, DropReason> {
     let key = key(packet, ip)?;
     let first = tables.fragment(&key).ok_or(DropReason::FragmentUnknown)?;
-    if now.wrapping_sub(first.seen) > FRAGMENT_SECONDS {
+    // Clocks of processors may differ by a tick.
+    if now > first.seen && now - first.seen > config.timeouts[FRAGMENT_TIMEOUT] {
         return Err(DropReason::FragmentUnknown);
     }
     if !more(packet, ip)? {
@@ -207,7 +207,7 @@ pub fn from_pod<F: Parse + Build, P: Packet, T: NodeTables<F>>(
     {
         return Err(reason);
     }
-    let flow = follow(packet, &ip, now, tables);
+    let flow = follow(packet, &ip, now, config, tables);
     let entry = match &flow {
         Ok(flow) => tables.flow(flow.key()),
         Err(_) => None,
@@ -276,7 +276,7 @@ pub fn to_pod<F: Outer, P: Packet, T: NodeTables<F>>(
     rewrite.begin(&inner, Way::On);
     rewrite.take_congestion(&inner, outer.tos);
     rewrite.pop = rewrite.ip.at - ETHERNET;
-    let Ok(flow) = follow(packet, &inner, now, tables) else {
+    let Ok(flow) = follow(packet, &inner, now, config, tables) else {
         return Ok(Verdict::Rewrite(None));
     };
     let account = match tables.flow(flow.reversed().key()) {
@@ -312,7 +312,7 @@ pub fn out<F: Outer, P: Packet, T: NatTables<F>>(
     if inner.obstacle.is_none() {
         return note(packet, &inner, now, config, tables);
     }
-    let flow = follow(packet, &inner, now, tables)?;
+    let flow = follow(packet, &inner, now, config, tables)?;
     let entry = tables.forward(flow.key()).ok_or(DropReason::FragmentUnknown)?;
     if inner.ttl <= 1 {
         return Err(DropReason::TtlExceeded);
@@ -365,7 +365,7 @@ pub fn back<F: Parse + Build, P: Packet, T: NatTables<F>>(
         claim(packet, &ip, &l4, &tables.translation(entry).addr, now, tables)?;
         return Ok(Verdict::Fragment);
     }
-    let flow = follow(packet, &ip, now, tables)?;
+    let flow = follow(packet, &ip, now, config, tables)?;
     let Some(entry) = tables.reverse(flow.key()) else {
         return Ok(Verdict::Pass);
     };

@@ -164,7 +164,7 @@ pub fn out<F: Outer + Build, P: Packet, T: NatTables<F>>(
     let known = tables.forward(flow.key());
     if !rewrite.attended && !nat::is_settled(known, &l4, now, tables) {
         tables.ask(&flow);
-        let shape = Shape::of(&l4, inner.protocol);
+        let shape = Shape::of(&l4, inner.protocol, config);
         return Ok(Verdict::Attend(Attention { shape, at: inner.at as u8 }));
     }
     // Should it be removed under our hands, the next packet finds or makes it.

@@ -149,7 +149,10 @@ pub fn out_long<F: Usual, P: Packet, T: NatTables<F>>(
     let known = tables.forward(flow.key());
     if !rewrite.attended && !nat::is_settled(known, &l4, now, tables) {
         tables.ask(&flow);
-        return Ok(Verdict::Attend(Attention { shape: Shape::of(&l4, ip.protocol), at: ETHERNET as u8 }));
+        return Ok(Verdict::Attend(Attention {
+            shape: Shape::of(&l4, ip.protocol, config),
+            at: ETHERNET as u8,
+        }));
     }
     let entry = known.ok_or(DropReason::NoState)?;
     let to = tables.translation(entry);

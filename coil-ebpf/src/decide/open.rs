@@ -10,7 +10,7 @@
 //! and for a moment nobody tries again.
 
 use coil_common::{
-    config::Config,
+    config::{CONFIG_PICK_UP, Config},
     stats::{DropReason, GatewayStat},
     usage::{self as layout, PROBES, Share, full_remote, gateway_cells, gateway_total},
     values::{STATE_FIN, STATE_REPLY_FIN, STATE_REPLY_RST, STATE_RST, STATE_SYN},
@@ -22,7 +22,7 @@ use crate::{
     flow::Flow,
     parse::{
         L4,
-        l4::{Kind, RST},
+        l4::{Kind, RST, SYN},
     },
     tables::{Full, NatTables, Ports, ReserveError},
     usage,
@@ -60,10 +60,11 @@ impl Shape {
     /// Of a packet.
     #[inline(always)]
     #[must_use]
-    pub const fn of(l4: &L4, protocol: u8) -> Self {
+    pub const fn of(l4: &L4, protocol: u8, config: &Config) -> Self {
         let bits = match l4.kind {
             Kind::Tcp if l4.flags & RST != 0 => Self::RST,
             Kind::Tcp if wire::opens(l4) => Self::MAY_OPEN | Self::SYN,
+            Kind::Tcp if l4.flags & SYN == 0 && config.flags & CONFIG_PICK_UP != 0 => Self::MAY_OPEN,
             Kind::Tcp => 0,
             Kind::Udp => Self::MAY_OPEN,
             Kind::EchoRequest => Self::MAY_OPEN | Self::IDENTIFIER,

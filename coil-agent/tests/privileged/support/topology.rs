@@ -199,6 +199,7 @@ impl Topology {
             redirect_peer: true,
             quotas: Quotas::default(),
             address_only: false,
+            pick_up: false,
             timeouts: Timeouts::default(),
         }
     }

@@ -289,6 +289,7 @@ impl World {
                 fou_port: FOU.to_be_bytes(),
                 seed: 42,
                 flags: if narrow { CONFIG_IPIP } else { 0 },
+                timeouts: gateway.timeouts,
                 ..Config::default()
             },
             gateway,

@@ -1,6 +1,7 @@
 //! Fragments: first ones are noted, later ones follow.
 
 use coil_common::{
+    config::FRAGMENT_TIMEOUT,
     stats::{Direction, DropReason, GatewayStat},
     values::{FRAGMENT_OPEN, FlowValue, STATE_REPLY},
 };
@@ -108,6 +109,13 @@ fn from_pod(w: &World) -> Vec<Scenario> {
         follows("fragment after the last", &second, noted(0), 0),
         left(&second, "fragment of an old datagram", aged(noted(FRAGMENT_OPEN), 7)),
         left(&second, "fragment before the first", w.datagram(w.pod, w.stranger, PORTS, UDP, 1)),
+        {
+            let before = aged(noted(FRAGMENT_OPEN), 7);
+            let mut row =
+                follows("fragment of an old datagram, known for longer", &second, before, FRAGMENT_OPEN);
+            row.config.timeouts[FRAGMENT_TIMEOUT] = 7;
+            row
+        },
         row("fragment of a datagram whose flow is gone", &second)
             .and(vec![noted(FRAGMENT_OPEN)])
             .leaves(vec![noted(FRAGMENT_OPEN)])

@@ -3,12 +3,12 @@
 use std::net::IpAddr;
 
 use coil_common::{
-    config::CONFIG_SOURCE_PORT_AUTO,
+    config::{CONFIG_PICK_UP, CONFIG_SOURCE_PORT_AUTO},
     stats::{DropReason, GatewayStat},
     values::{STATE_FIN, STATE_REPLY, STATE_REPLY_FIN, STATE_SYN},
 };
 
-use super::world::{ACK, CONFIRMED, MSS_1460, MTU, Nat, PORTS, SYN, SYN_ACK, World};
+use super::world::{ACK, CONFIRMED, MSS_1460, MTU, Nat, PORTS, PORTS_BACK, SYN, SYN_ACK, World};
 use crate::{
     family::{Family as _, V4, V6},
     testing::{
@@ -21,7 +21,7 @@ use crate::{
 const HOOK: Hook = Hook::Gateway;
 
 pub(super) fn rows(w: &World) -> Vec<Scenario> {
-    [passes(w), refused(w), opened(w), known(w), ports(w), replies(w), sizes(w)].concat()
+    [passes(w), refused(w), opened(w), picked_up(w), known(w), ports(w), replies(w), sizes(w)].concat()
 }
 
 fn row(w: &World, name: &str, packet: &[u8]) -> Scenario {
@@ -165,6 +165,29 @@ struct Flow {
 
 const TCP: Flow = Flow { ports: PORTS, protocol: 6, port: PORTS.0 };
 const UDP: Flow = Flow { ports: PORTS, protocol: 17, port: PORTS.0 };
+
+/// TCP from the middle of a connection, where that is picked up.
+fn picked_up(w: &World) -> Vec<Scenario> {
+    let (out, sent) = (w.out(), w.masqueraded());
+    let (data, fin) = ((ACK, CONFIRMED), (ACK | 1, CONFIRMED | STATE_FIN));
+    let opens = [("picked up: TCP without state", data), ("picked up: FIN without state", fin)].map(
+        |(name, (flags, state))| {
+            let (packet, leaves) =
+                (out.tcp(PORTS, flags, &[], b"data"), sent.tcp(PORTS, flags, &[], b"data"));
+            opens(w, name, &packet, &leaves, TCP, state)
+        },
+    );
+    let refused = [("picked up: RST without state", 4), ("picked up: SYN-ACK without state", SYN_ACK)].map(
+        |(name, flags)| {
+            row(w, name, &w.to_gateway(&out.tcp(PORTS, flags, &[], b""))).drops(DropReason::NoState)
+        },
+    );
+    let reply = Ip::new(w.remote, w.gateway).tcp(PORTS_BACK, ACK, &[], b"data");
+    let stray = row(w, "picked up: nothing from the world", &reply).drops(DropReason::UnknownReply);
+    let mut rows: Vec<_> = opens.into_iter().chain(refused).chain([stray]).collect();
+    rows.iter_mut().for_each(|row| row.config.flags |= CONFIG_PICK_UP);
+    rows
+}
 
 fn opened(w: &World) -> Vec<Scenario> {
     let (out, sent) = (w.out(), w.masqueraded());

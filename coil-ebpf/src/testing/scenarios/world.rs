@@ -4,15 +4,15 @@
 use std::{collections::BTreeMap, net::IpAddr};
 
 use coil_common::{
-    config::Config,
+    config::{Config, FRAGMENT_TIMEOUT},
     keys::{ClientKey4, ClientKey6, FlowKey4, FlowKey6, PeerKey4, PeerKey6, PolicyKey4, PolicyKey6},
     names,
     stats::{Direction, DropReason, GatewayStat, IcmpStat, egress_stat},
     usage::excluded_port,
     values::{
-        ClientValue, Counter, EGRESS_BLOCK, EGRESS_DIRECT, EgressValue, FlowValue, FragmentValue,
-        GATEWAY_READY, GatewayValue, MAGLEV_SLOTS, NatValue4, NatValue6, PodValue, PolicyValue,
-        STATE_CONFIRMED,
+        ClientValue, Counter, EGRESS_BLOCK, EGRESS_DIRECT, EgressValue, FRAGMENT_SECONDS, FlowValue,
+        FragmentValue, GATEWAY_READY, GatewayValue, MAGLEV_SLOTS, NatValue4, NatValue6, PodValue,
+        PolicyValue, STATE_CONFIRMED,
     },
 };
 
@@ -148,7 +148,9 @@ impl World {
 
     /// Configuration of a node.
     pub(super) fn node(&self) -> Config {
-        Config { fou_port: FOU.to_be_bytes(), seed: 42, ..Config::default() }
+        let mut config = Config { fou_port: FOU.to_be_bytes(), seed: 42, ..Config::default() };
+        config.timeouts[FRAGMENT_TIMEOUT] = FRAGMENT_SECONDS;
+        config
     }
 
     /// Configuration of the gateway.
