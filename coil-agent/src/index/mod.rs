@@ -29,19 +29,19 @@ impl ObjectKey {
     }
 }
 
-/// A change of one kind, as a watch delivers it.
-#[derive(Clone, Debug, PartialEq)]
-pub enum Change<T> {
+/// A change of one kind, as a watch delivers it; `I` names objects.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Change<T, I = ObjectKey> {
     /// An object is there, new or changed.
     Apply(T),
     /// An object is gone.
-    Delete(ObjectKey),
+    Delete(I),
     /// A whole list: what is not in it is gone, except for objects that could not be read.
     Reset {
         /// Objects of the list.
         objects: Vec<T>,
         /// Objects of the list that could not be read: what was known of them stays.
-        unreadable: Vec<ObjectKey>,
+        unreadable: Vec<I>,
     },
 }
 

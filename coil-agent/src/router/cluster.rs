@@ -74,21 +74,8 @@ impl NodeView {
     }
 }
 
-/// A change of one kind.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Change<T> {
-    /// An object is new or different.
-    Apply(T),
-    /// The object of this name is gone.
-    Delete(String),
-    /// These are all there are, but for those that cannot be read: of them what was known stays.
-    Reset {
-        /// What could be read.
-        objects: Vec<T>,
-        /// Names of what could not.
-        unreadable: Vec<String>,
-    },
-}
+/// A change of one kind, whose objects have no namespace.
+pub type Change<T> = crate::index::Change<T, String>;
 
 /// A change of the picture.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -1,16 +1,18 @@
 //! Streams of the Kubernetes API into changes of the picture. No logic: one object in, one view out.
 
+use std::pin::pin;
+
 use coil_api::AddressBlock;
-use coil_runtime::patience::patient;
 use futures::StreamExt;
 use k8s_openapi::api::core::v1::Node;
 use kube::api::{ApiResource, DynamicObject};
-use kube::runtime::watcher::{self, Config, Event};
+use kube::runtime::watcher::{self, Config};
 use kube::{Api, Client, ResourceExt};
 use tokio::sync::mpsc;
 
 use super::cluster::{BlockView, Change, Input, NodeView};
 use super::metrics::RouterMetrics;
+use crate::watch::{Read, changes};
 
 /// Nobody listens any more.
 #[derive(Debug, thiserror::Error)]
@@ -65,46 +67,11 @@ async fn follow<T>(
     sender: mpsc::Sender<Input>,
     metrics: RouterMetrics,
 ) -> Result<(), Closed> {
-    let mut stream = patient(watcher::watcher(api, Config::default()));
-    let mut objects = Vec::new();
-    let mut unreadable = Vec::new();
-    while let Some(event) = stream.next().await {
-        let change = match event {
-            Ok(Event::Init) => {
-                objects.clear();
-                unreadable.clear();
-                continue;
-            }
-            Ok(Event::InitApply(object)) => {
-                match kind.read(object) {
-                    Ok(view) => objects.push(view),
-                    Err(name) => unreadable.push(name),
-                }
-                continue;
-            }
-            Ok(Event::InitDone) => {
-                tracing::info!(
-                    kind = kind.name,
-                    objects = objects.len(),
-                    unreadable = unreadable.len(),
-                    "listed"
-                );
-                Change::Reset {
-                    objects: std::mem::take(&mut objects),
-                    unreadable: std::mem::take(&mut unreadable),
-                }
-            }
-            Ok(Event::Apply(object)) => match kind.read(object) {
-                Ok(view) => Change::Apply(view),
-                Err(_) => continue,
-            },
-            Ok(Event::Delete(object)) => Change::Delete(object.name_any()),
-            Err(error) => {
-                metrics.watch_errors.with_label_values(&[kind.name]).inc();
-                tracing::warn!(kind = kind.name, %error, "the watch is interrupted; what is known stays");
-                continue;
-            }
-        };
+    let interrupted = |_: &watcher::Error| metrics.watch_errors.with_label_values(&[kind.name]).inc();
+    let read = |object| kind.read(object).map(Read::View);
+    let config = Config::default();
+    let mut changes = pin!(changes(api, config, kind.name, ResourceExt::name_any, read, interrupted));
+    while let Some(change) = changes.next().await {
         sender.send((kind.input)(change)).await.map_err(|_| Closed)?;
     }
     Err(Closed)

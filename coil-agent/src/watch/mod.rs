@@ -3,7 +3,10 @@
 //! Objects are decoded one by one, so that one that cannot be read stalls nothing: it is counted,
 //! logged and left out, and what was known of it stays.
 
+mod changes;
+
 use std::fmt;
+use std::pin::pin;
 
 use coil_api::{Egress, names};
 use coil_runtime::patience::patient;
@@ -15,17 +18,11 @@ use kube::runtime::watcher::{self, Config, Event};
 use kube::{Api, Client, Resource, ResourceExt};
 use serde::de::DeserializeOwned;
 
+pub(crate) use self::changes::{Read, changes};
 use crate::index::{Change, EgressView, NamespaceView, ObjectKey, PodView, SliceView};
 use crate::ipam::NodeAddresses;
 use crate::metrics::WatchMetrics;
 use crate::state::{Closed, Input, StateHandle};
-
-/// What became of an object.
-enum Read<T> {
-    View(T),
-    /// Not ours to care about.
-    Ignored,
-}
 
 /// A kind that is watched.
 struct Kind<K, T> {
@@ -164,51 +161,10 @@ async fn follow<K, T>(
 where
     K: Resource + Clone + DeserializeOwned + fmt::Debug + Send + 'static,
 {
-    let mut stream = patient(watcher::watcher(api, config));
-    let mut objects = Vec::new();
-    let mut unreadable = Vec::new();
-    while let Some(event) = stream.next().await {
-        let change = match event {
-            Ok(Event::Init) => {
-                objects.clear();
-                unreadable.clear();
-                continue;
-            }
-            Ok(Event::InitApply(object)) => {
-                match kind.read(object, &metrics) {
-                    Ok(Read::View(view)) => objects.push(view),
-                    Ok(Read::Ignored) => {}
-                    Err(key) => unreadable.push(key),
-                }
-                continue;
-            }
-            Ok(Event::InitDone) => {
-                tracing::info!(
-                    kind = kind.name,
-                    objects = objects.len(),
-                    unreadable = unreadable.len(),
-                    "listed"
-                );
-                Change::Reset {
-                    objects: std::mem::take(&mut objects),
-                    unreadable: std::mem::take(&mut unreadable),
-                }
-            }
-            Ok(Event::Apply(object)) => {
-                let key = key(&object);
-                match kind.read(object, &metrics) {
-                    Ok(Read::View(view)) => Change::Apply(view),
-                    // It may have been ours before.
-                    Ok(Read::Ignored) => Change::Delete(key),
-                    Err(_) => continue,
-                }
-            }
-            Ok(Event::Delete(object)) => Change::Delete(key(&object)),
-            Err(error) => {
-                failed(kind.name, &error, &metrics);
-                continue;
-            }
-        };
+    let read = |object| kind.read(object, &metrics);
+    let interrupted = |_: &watcher::Error| metrics.failed(kind.name);
+    let mut changes = pin!(changes(api, config, kind.name, key, read, interrupted));
+    while let Some(change) = changes.next().await {
         state.send((kind.input)(change)).await?;
     }
     Err(Closed)
