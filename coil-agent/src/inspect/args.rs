@@ -135,11 +135,21 @@ pub struct Drops {
     /// Reasons without drops too.
     #[arg(long, short = 'a')]
     pub all: bool,
+    /// Only for these reasons.
+    #[arg(long, value_name = "REASON,...", value_delimiter = ',')]
+    pub reason: Vec<String>,
+    /// Only of this place: `node`, or an egress pod.
+    #[arg(long = "where", value_name = "node|NAMESPACE/NAME")]
+    pub place: Option<String>,
 }
 
 /// Options of `maps`.
 #[derive(clap::Args, Clone, Debug, Default)]
-pub struct Maps {}
+pub struct Maps {
+    /// Only maps and programs whose path contains this.
+    #[arg(value_name = "PART OF THE PATH")]
+    pub part: Option<String>,
+}
 
 /// Options of `explain`.
 #[derive(clap::Args, Clone, Debug)]
@@ -310,6 +320,8 @@ mod tests {
             parse("coilctl conntrack --pod a/b --destination 10.0.0.0/8:53 --sort bytes --limit 3").is_ok()
         );
         assert!(parse("coilctl explain a/b 10.0.0.1:80 --protocol udp -o json").is_ok());
+        assert!(parse("coilctl drops --reason no_state,too_big --where node").is_ok());
+        assert!(parse("coilctl maps flows_v4").is_ok());
         assert!(parse("coilctl monitor --drops --flows").is_err());
         assert!(parse("coilctl explain a/b").is_err());
     }

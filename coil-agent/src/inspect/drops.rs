@@ -72,12 +72,17 @@ fn picture(node: &Node) -> Result<Picture, InspectError> {
     Ok(all)
 }
 
-fn items(new: &Picture, old: &Picture, all: bool) -> Vec<Item> {
+fn items(new: &Picture, old: &Picture, options: &Drops) -> Vec<Item> {
+    let Drops { all, reason, place: only, .. } = options;
     let mut items = Vec::new();
     for ((place, index), counter) in new {
+        let elsewhere = only.as_ref().is_some_and(|only| only != place);
+        if elsewhere || (!reason.is_empty() && !reason.contains(&name(*index))) {
+            continue;
+        }
         let before = old.get(&(place.clone(), *index)).copied().unwrap_or_default();
         let packets = counter.packets.wrapping_sub(before.packets);
-        if packets == 0 && !all {
+        if packets == 0 && !*all {
             continue;
         }
         items.push(Item {
@@ -123,12 +128,22 @@ fn print(items: &[Item], format: Format, if_empty: &str) -> Result<(), InspectEr
     output::table(headers, &rows, if_empty)
 }
 
+/// A reason that nothing here knows is a mistake. A place may be on another node.
+fn check(options: &Drops, picture: &Picture) -> Result<(), InspectError> {
+    let known = |reason: &String| picture.keys().any(|(_, index)| name(*index) == *reason);
+    match options.reason.iter().find(|reason| !known(reason)) {
+        Some(reason) => Err(InspectError::NoReason { reason: reason.clone() }),
+        None => Ok(()),
+    }
+}
+
 /// Runs the command.
 pub(crate) async fn run(node: &Node, format: Format, options: &Drops) -> Result<Outcome, InspectError> {
-    let Drops { watch, interval, count, all } = options;
+    let Drops { watch, interval, count, .. } = options;
     let mut last = picture(node)?;
+    check(options, &last)?;
     if !*watch {
-        print(&items(&last, &Picture::new(), *all), format, "Nothing has been dropped.")?;
+        print(&items(&last, &Picture::new(), options), format, "Nothing has been dropped.")?;
         return Ok(Outcome::Done);
     }
     let mut rounds = 0u64;
@@ -138,7 +153,7 @@ pub(crate) async fn run(node: &Node, format: Format, options: &Drops) -> Result<
             _ = tokio::signal::ctrl_c() => break,
         }
         let now = picture(node)?;
-        print(&items(&now, &last, *all), format, "-")?;
+        print(&items(&now, &last, options), format, "-")?;
         last = now;
         rounds += 1;
     }
@@ -162,7 +177,7 @@ mod tests {
             at("node", DropReason::Truncated, 1),
             at("node", DropReason::TooBig, 3),
         ]);
-        let shown: Vec<_> = items(&new, &old, false)
+        let shown: Vec<_> = items(&new, &old, &Drops::default())
             .into_iter()
             .map(|item| (item.r#where, item.reason, item.packets, item.bytes))
             .collect();
@@ -174,7 +189,14 @@ mod tests {
                 ("a/gw".into(), "no_state".into(), 4, 400),
             ]
         );
-        assert_eq!(items(&new, &old, true).len(), 4);
+        let count = |options| items(&new, &old, &options).len();
+        assert_eq!(count(Drops { all: true, ..Drops::default() }), 4);
+        assert_eq!(count(Drops { place: Some("a/gw".into()), ..Drops::default() }), 1);
+        assert_eq!(
+            count(Drops { reason: vec!["too_big".into(), "no_gateway".into()], ..Drops::default() }),
+            1
+        );
+        assert_eq!(count(Drops { reason: vec!["no_gateway".into()], all: true, ..Drops::default() }), 1);
     }
 
     #[test]

@@ -68,6 +68,12 @@ pub enum InspectError {
         /// What there is.
         known: String,
     },
+    /// There is no such reason.
+    #[error("nothing is dropped for a reason {reason:?}; `coilctl drops --all` lists all there are")]
+    NoReason {
+        /// What was asked for.
+        reason: String,
+    },
     /// The pod has no address of the destination's family.
     #[error("pod {pod} has no {family} address")]
     Family {

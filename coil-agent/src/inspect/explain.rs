@@ -11,11 +11,13 @@ use std::net::IpAddr;
 use coil_common::config::{CONFIG_NEAR, Config};
 use coil_common::keys::{FlowKey4, FlowKey6};
 use coil_common::names::{
-    GATEWAY_MAPS, MAP_DROPS, MAP_FLOWS_V4, MAP_FLOWS_V6, MAP_NAT_FORWARD_V4, MAP_NAT_FORWARD_V6, NODE_MAPS,
+    GATEWAY_MAPS, MAP_DROPS, MAP_FLOWS_V4, MAP_FLOWS_V6, MAP_INBOUND_V4, MAP_INBOUND_V6, MAP_NAT_FORWARD_V4,
+    MAP_NAT_FORWARD_V6, NODE_MAPS,
 };
 use coil_common::stats::DropReason;
 use coil_common::values::{
-    EGRESS_CLIENT_AFFINITY, FlowValue, NO_POLICY, NatValue4, NatValue6, POD_ANY_SOURCE, POD_GATEWAY,
+    EGRESS_CLIENT_AFFINITY, FlowValue, InboundValue, NO_POLICY, NatValue4, NatValue6, POD_ANY_SOURCE,
+    POD_GATEWAY, POD_ORIGINATING_ONLY,
 };
 use coil_ebpf::encap::Encap;
 use coil_ebpf::testing::build;
@@ -327,6 +329,19 @@ fn existing_flow(node: &Node, tuple: &Tuple) -> Result<Option<FlowValue>, Inspec
     }
 }
 
+/// A flow that has come to the pod directly is what the packet would answer.
+fn came_directly(node: &Node, pod: &Pod, tuple: &Tuple) -> Result<bool, InspectError> {
+    if pod.value.flags & POD_ORIGINATING_ONLY == 0 {
+        return Ok(false);
+    }
+    let noted: Option<InboundValue> = match (key4(tuple), key6(tuple)) {
+        (Some(key), _) => look(&node.folder, MAP_INBOUND_V4, &key)?,
+        (_, Some(key)) => look(&node.folder, MAP_INBOUND_V6, &key)?,
+        _ => None,
+    };
+    Ok(noted.is_some())
+}
+
 fn is_translated(gateway: &Gateway, tuple: &Tuple) -> Result<bool, InspectError> {
     match (key4(tuple), key6(tuple)) {
         (Some(key), _) => Ok(look::<_, NatValue4>(&gateway.folder, MAP_NAT_FORWARD_V4, &key)?.is_some()),
@@ -358,7 +373,8 @@ pub(crate) fn explain(node: &Node, options: &Explain) -> Result<Explanation, Ins
     let pod = node.pod(&options.pod)?;
     let tuple = question(node, pod, options)?;
     let v6 = tuple.dst.is_ipv6();
-    let asked = make(&tuple, false, options.size.map(usize::from));
+    let answers = came_directly(node, pod, &tuple)?;
+    let asked = make(&tuple, answers, options.size.map(usize::from));
     let before = existing_flow(node, &tuple)?;
 
     let (source, trouble) = Pinned::open(&node.folder, NODE_MAPS)?;
@@ -405,7 +421,7 @@ pub(crate) fn explain(node: &Node, options: &Explain) -> Result<Explanation, Ins
         return Ok(explanation);
     }
     if !sent.changed {
-        explanation.reasons = why_direct(pod, &tuple, &explanation.policy);
+        explanation.reasons = why_direct(pod, &tuple, &explanation.policy, answers);
         return Ok(explanation);
     }
     explanation.verdict = Verdict::Egress;
@@ -561,7 +577,7 @@ fn within(address: IpAddr, nets: &[&str]) -> bool {
     nets.iter().filter_map(|net| net.parse::<IpNet>().ok()).any(|net| net.contains(&address))
 }
 
-fn why_direct(pod: &Pod, tuple: &Tuple, policy: &PolicyInfo) -> Vec<String> {
+fn why_direct(pod: &Pod, tuple: &Tuple, policy: &PolicyInfo, answers: bool) -> Vec<String> {
     let destination = tuple.dst;
     let own = pod.addresses().any(|address| address == tuple.src);
     let mut reasons = Vec::new();
@@ -585,6 +601,10 @@ fn why_direct(pod: &Pod, tuple: &Tuple, policy: &PolicyInfo) -> Vec<String> {
                 wide.describe()
             )),
             ("direct", _, _) => reasons.push(format!("{} is excluded from the pod's Egresses.", rule.prefix)),
+            ("egress", ..) if answers => reasons.push(format!(
+                "It answers what has come to the pod directly, and Egress {} is for connections that the pod opens (originatingOnly).",
+                rule.describe()
+            )),
             _ => reasons.push("The policy names an Egress, yet the packet leaves as it is.".to_owned()),
         }
     } else {

@@ -146,7 +146,7 @@ fn program(path: &Path, program_id: Option<u32>, linked_to: Option<u32>) -> Prog
 
 /// Runs the command.
 pub(crate) fn run(root: &Path, format: Format, options: Maps) -> Result<Outcome, InspectError> {
-    let Maps {} = options;
+    let Maps { part } = options;
     let own = folder(root)?;
     let mut items = List {
         api_version: output::API_VERSION,
@@ -161,6 +161,11 @@ pub(crate) fn run(root: &Path, format: Format, options: Maps) -> Result<Outcome,
     let egress = own.join(PIN_EGRESS);
     for uid in subfolders(&egress)? {
         list(&egress.join(uid), false, &mut items)?;
+    }
+    if let Some(part) = part {
+        let wanted = |path: &Path| path.strip_prefix(root).unwrap_or(path).to_string_lossy().contains(&part);
+        items.maps.retain(|map| wanted(&map.path));
+        items.programs.retain(|program| wanted(&program.path));
     }
     if format == Format::Json {
         output::json(&items)?;
@@ -195,7 +200,7 @@ pub(crate) fn run(root: &Path, format: Format, options: Maps) -> Result<Outcome,
         output::line(&format!("There is also {other}, of another version of Coil."))?;
     }
     output::line("")?;
-    output::table(headers, &rows, "No map is pinned.")?;
+    output::table(headers, &rows, "No such map is pinned.")?;
     output::line("")?;
     let rows: Vec<Vec<String>> = items
         .programs
@@ -211,6 +216,6 @@ pub(crate) fn run(root: &Path, format: Format, options: Maps) -> Result<Outcome,
             vec![program.program.clone(), id, interface, name(&program.path)]
         })
         .collect();
-    output::table(&["PROGRAM", "ID", "INTERFACE", "PIN"], &rows, "No program is attached.")?;
+    output::table(&["PROGRAM", "ID", "INTERFACE", "PIN"], &rows, "No such program is attached.")?;
     Ok(Outcome::Done)
 }

@@ -9,14 +9,15 @@ use std::process::{Child, Command, Stdio};
 use std::time::Instant;
 
 use coil_agent::datapath::timeouts::Timeouts;
-use coil_agent::datapath::{NodeDatapath, NodeOptions};
+use coil_agent::datapath::{NodeDatapath, NodeOptions, seconds_since_boot};
 use coil_agent::gateway::datapath::{GatewayOptions, Quotas};
 use coil_common::keys::FlowKey4;
-use coil_common::names::{MAP_FLOWS_V4, MAP_NAT_FORWARD_V4, MAP_NAT_REVERSE_V4};
-use coil_common::values::{FlowValue, NatValue4};
+use coil_common::names::{MAP_FLOWS_V4, MAP_INBOUND_V4, MAP_NAT_FORWARD_V4, MAP_NAT_REVERSE_V4};
+use coil_common::values::{FlowValue, InboundValue, NatValue4, STATE_SYN};
 use serde_json::Value;
 
 use crate::support::net::NetNs;
+use crate::support::raw::RawMap;
 use crate::support::topology::{Topology, egress_name};
 use crate::support::{maps, wait_for};
 use crate::traffic::{echo_server, pattern, send_tcp, udp_peer};
@@ -132,6 +133,38 @@ fn explain_says_what_happens_and_changes_nothing() {
     ] {
         assert!(words.contains(word), "{word}: {words}");
     }
+}
+
+#[test]
+#[ignore = "privileged: needs root and the eBPF object"]
+fn explain_knows_what_answers_inbound_connections() {
+    let topology = Topology::new();
+    let mut state = topology.state();
+    state.egresses.get_mut(&egress_name()).unwrap().originating_only = true;
+    let _node = topology.apply(topology.open_node(None), &state);
+    let _gateway = topology.open_gateway();
+    let (world, pod) = (topology.external.ipv4, topology.client.ipv4);
+    let explain =
+        |port| format!("explain test/vclient {} --source-port {port}", socket(world.into(), 50_000));
+    let noted = RawMap::open(&topology.bpffs.node(), MAP_INBOUND_V4);
+    // As if the world had connected to port 80 of the pod.
+    let key = FlowKey4 {
+        src: pod.octets(),
+        dst: world.octets(),
+        src_port: 80u16.to_be_bytes(),
+        dst_port: 50_000u16.to_be_bytes(),
+        protocol: 6,
+        ..FlowKey4::default()
+    };
+    let value = InboundValue { state: STATE_SYN, last_seen: seconds_since_boot().unwrap() };
+    assert_eq!(json(&topology, 0, &explain(80))["verdict"], "egress", "before");
+    noted.set(bytemuck::bytes_of(&key), bytemuck::bytes_of(&value));
+    let said = json(&topology, 0, &explain(80));
+    assert_eq!(said["verdict"], "direct", "{said:#}");
+    let words = text(&topology, 0, &explain(80));
+    assert!(words.contains("answers what has come to the pod directly"), "{words}");
+    assert_eq!(json(&topology, 0, &explain(81))["verdict"], "egress", "another port");
+    assert_eq!(noted.entries(), [(bytemuck::bytes_of(&key).to_vec(), bytemuck::bytes_of(&value).to_vec())]);
 }
 
 #[test]
@@ -277,6 +310,8 @@ fn listings_show_what_there_is() {
         ("policy", ["DESTINATION", "through Egress internet/nat", "egress pod"]),
         ("egress", ["SHARE", "100.0%", "test/vgateway"]),
         ("drops", ["Nothing", "has", "dropped"]),
+        ("drops --all --reason no_gateway --where node", ["no_gateway", "node", "No gateway"]),
+        ("maps links/", ["from_pod", "to_pod", "No such map is pinned"]),
         ("maps", ["flows_v4", "from_pod", "layouts of version"]),
     ] {
         let printed = text(&topology, 0, arguments);
