@@ -4,6 +4,7 @@
 mod attach;
 mod cni;
 mod errors;
+mod forged;
 mod fuzz;
 mod hostile;
 mod inspect;
