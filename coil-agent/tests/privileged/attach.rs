@@ -60,7 +60,7 @@ fn pin(topology: &Topology, program: &str) -> PathBuf {
 }
 
 /// Sends one datagram after the other to the world, which must see the gateway each time, until it is told to end.
-struct Conversation {
+pub(crate) struct Conversation {
     /// Of the client, then of the server, which has to answer until nobody asks.
     stops: [Arc<AtomicBool>; 2],
     count: Arc<AtomicU64>,
@@ -68,7 +68,7 @@ struct Conversation {
 }
 
 impl Conversation {
-    fn begin(topology: &Topology) -> Self {
+    pub(crate) fn begin(topology: &Topology) -> Self {
         let stops = [(); 2].map(|()| Arc::new(AtomicBool::new(false)));
         let count = Arc::new(AtomicU64::new(0));
         let (address, gateway) = (topology.external.address(false), topology.gateway.address(false));
@@ -106,12 +106,12 @@ impl Conversation {
         Self { stops, count, ends: [client, server] }
     }
 
-    fn count(&self) -> u64 {
+    pub(crate) fn count(&self) -> u64 {
         assert!(self.ends.iter().all(|end| !end.is_finished()), "an end has failed");
         self.count.load(Ordering::Relaxed)
     }
 
-    fn end(self) {
+    pub(crate) fn end(self) {
         for (stop, end) in self.stops.into_iter().zip(self.ends) {
             stop.store(true, Ordering::Relaxed);
             if let Err(panic) = end.join() {

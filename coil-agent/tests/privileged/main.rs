@@ -11,6 +11,7 @@ mod inspect;
 mod ipam;
 mod near;
 mod netlink;
+mod others;
 mod pickup;
 mod pins;
 mod ports;

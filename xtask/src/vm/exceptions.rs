@@ -29,6 +29,9 @@ const ALL: &[Exception] = &[
         (6, 6),
         NO_TCX,
     ),
+    privileged("others::tcx_links_beside_our_tcx_links", (6, 6), NO_TCX),
+    privileged("others::filters_beside_our_tcx_links", (6, 6), NO_TCX),
+    privileged("others::tcx_links_beside_our_filters", (6, 6), NO_TCX),
     privileged(
         "tunnel::many_datagrams_at_once_go_by_fou",
         (6, 12),

@@ -23,7 +23,7 @@ pub(crate) type Members<'a> = &'a [(&'a str, u32, u32)];
 /// A hash map.
 pub(crate) struct ForeignMap(OwnedFd);
 
-fn bpf(command: libc::c_int, attribute: &[u64]) -> io::Result<OwnedFd> {
+pub(super) fn bpf(command: libc::c_int, attribute: &[u64]) -> io::Result<OwnedFd> {
     let length = size_of_val(attribute);
     // SAFETY: the attribute is alive, and what it points to is kept alive by the callers below.
     let fd = unsafe { libc::syscall(libc::SYS_bpf, command, attribute.as_ptr(), length) };
@@ -34,14 +34,14 @@ fn bpf(command: libc::c_int, attribute: &[u64]) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(libc::c_int::try_from(fd).unwrap()) })
 }
 
-fn act(command: libc::c_int, attribute: &[u64]) -> io::Result<()> {
+pub(super) fn act(command: libc::c_int, attribute: &[u64]) -> io::Result<()> {
     // SAFETY: as above.
     let result = unsafe { libc::syscall(libc::SYS_bpf, command, attribute.as_ptr(), size_of_val(attribute)) };
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
 /// Two halves of a double word as the kernel reads them.
-fn pair(low: u32, high: u32) -> u64 {
+pub(super) fn pair(low: u32, high: u32) -> u64 {
     u64::from(low) | u64::from(high) << 32
 }
 

@@ -9,6 +9,7 @@ mod builder;
 pub(crate) mod foreign;
 pub(crate) mod maps;
 pub(crate) mod net;
+pub(crate) mod other;
 pub(crate) mod packets;
 pub(crate) mod raw;
 pub(crate) mod topology;
