@@ -21,6 +21,7 @@ mod router;
 mod routes;
 mod scenarios;
 mod shortcut;
+mod split;
 mod summed;
 mod support;
 mod traffic;

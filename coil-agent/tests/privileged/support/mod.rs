@@ -11,6 +11,7 @@ pub(crate) mod maps;
 pub(crate) mod net;
 pub(crate) mod other;
 pub(crate) mod packets;
+pub(crate) mod pieces;
 pub(crate) mod raw;
 pub(crate) mod topology;
 
