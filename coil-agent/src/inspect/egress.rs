@@ -6,7 +6,8 @@ use std::net::IpAddr;
 use coil_common::names::MAP_EGRESS_STATS;
 use coil_common::stats::{Direction, egress_stat};
 use coil_common::values::{
-    Counter, EGRESS_CLIENT_AFFINITY, EGRESS_SOURCE_PORT_AUTO, EgressValue, MAGLEV_SLOTS,
+    Counter, EGRESS_CLIENT_AFFINITY, EGRESS_ORIGINATING_ONLY, EGRESS_SOURCE_PORT_AUTO, EgressValue,
+    MAGLEV_SLOTS,
 };
 use serde::Serialize;
 
@@ -21,6 +22,10 @@ struct EgressItem {
     egress: String,
     family: &'static str,
     session_affinity: &'static str,
+    /// Seconds for which a client keeps its gateway for new flows; 0: as long as its hash says.
+    affinity_seconds: u32,
+    /// Answers of connections that came to clients directly leave directly.
+    originating_only: bool,
     source_port_auto: bool,
     /// Some pod still names it: it is cut off.
     deleted: bool,
@@ -124,6 +129,12 @@ pub(crate) fn run(node: &Node, format: Format, options: &EgressOptions) -> Resul
             egress: label,
             family: if v6 { "ipv6" } else { "ipv4" },
             session_affinity: if value.flags & EGRESS_CLIENT_AFFINITY != 0 { "ClientIP" } else { "None" },
+            affinity_seconds: if value.flags & EGRESS_CLIENT_AFFINITY != 0 {
+                value.affinity_seconds()
+            } else {
+                0
+            },
+            originating_only: value.flags & EGRESS_ORIGINATING_ONLY != 0,
             source_port_auto: value.flags & EGRESS_SOURCE_PORT_AUTO != 0,
             deleted: node.is_deleted(index),
             ready_gateways: value.gateways,
@@ -145,6 +156,7 @@ pub(crate) fn run(node: &Node, format: Format, options: &EgressOptions) -> Resul
         let mut head = vec![item.egress.clone(), item.family.into(), item.session_affinity.into()];
         if wide {
             let counts = [item.tx_packets, item.tx_bytes, item.rx_packets, item.rx_bytes];
+            head.push(if item.originating_only { "yes" } else { "no" }.into());
             head.extend(counts.iter().map(ToString::to_string));
         }
         if item.gateways.is_empty() {
@@ -165,8 +177,18 @@ pub(crate) fn run(node: &Node, format: Format, options: &EgressOptions) -> Resul
     }
     let headers: &[&str] = if wide {
         &[
-            "EGRESS", "FAMILY", "AFFINITY", "TX-PKTS", "TX-BYTES", "RX-PKTS", "RX-BYTES", "GATEWAY", "STATE",
-            "SHARE", "FLOWS",
+            "EGRESS",
+            "FAMILY",
+            "AFFINITY",
+            "ORIGINATING-ONLY",
+            "TX-PKTS",
+            "TX-BYTES",
+            "RX-PKTS",
+            "RX-BYTES",
+            "GATEWAY",
+            "STATE",
+            "SHARE",
+            "FLOWS",
         ]
     } else {
         &["EGRESS", "FAMILY", "AFFINITY", "GATEWAY", "STATE", "SHARE", "FLOWS"]

@@ -8,10 +8,18 @@ pub(crate) fn remedy(reason: DropReason) -> Option<&'static str> {
         "spoofed_source" => {
             "The pod sends with an address that is not its own; routers and virtual machines in pods need to be told about."
         }
-        "unsupported_protocol" | "unsupported_icmp" => {
+        "unsupported_protocol" => {
+            "Use TCP, UDP or ICMP echo towards destinations of an Egress, or exclude the destination (spec.excludedDestinations); SCTP, GRE and ESP pass with --other-protocols=address-only."
+        }
+        "unsupported_icmp" => {
             "Use TCP, UDP or ICMP echo towards destinations of an Egress, or exclude the destination (spec.excludedDestinations)."
         }
-        "fragment" => "Send smaller packets: fragments are not translated.",
+        "fragment_unknown" => {
+            "Nothing keeps fragments that come before the first of their datagram: send datagrams that need none."
+        }
+        "outer_fragment" | "underlay_too_big" => {
+            "A link between pod and egress pod takes less than the MTU of the pod's interface: lower the MTU that the CNI plugin gives to pods."
+        }
         "extension_headers" => "Send without unusual IPv6 extension headers.",
         "egress_unresolved" => {
             "The pod's annotation names an Egress that is missing or invalid: `kubectl describe pod` shows an Event that says which."
@@ -55,9 +63,35 @@ pub(crate) fn remedy(reason: DropReason) -> Option<&'static str> {
         }
         "forbidden_destination" => "Such destinations never leave through an Egress.",
         "no_state" => {
-            "The egress pod does not know this connection (it was replaced): the application must connect again."
+            "The egress pod does not know this connection (it was replaced): the application must connect again, and is told so at once with COIL_TCP_MID_STREAM=pick-up in the egress container."
+        }
+        "address_busy" => {
+            "Protocols without ports are for one client for each destination: give the other client an Egress of its own."
+        }
+        "unknown_reply" => "Nothing: it came late, or somebody looks for open ports.",
+        "not_for_gateway" => {
+            "Something routes or bridges packets for others to an egress pod: find out what."
         }
         "ttl_exceeded" => "The sender's hop limit is too small, or there is a loop.",
         _ => return None,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Remedies go by names, which may change.
+    #[test]
+    fn there_is_no_remedy_for_what_does_not_exist() {
+        let source = include_str!("remedy.rs");
+        let arms = source.lines().filter(|line| line.trim_start().starts_with('"') && line.contains("=>"));
+        let mut count = 0;
+        for name in arms.flat_map(|line| line.split("=>").next().unwrap_or_default().split('|')) {
+            let name = name.trim().trim_matches('"');
+            assert!(DropReason::ALL.iter().any(|reason| reason.name() == name), "{name}");
+            count += 1;
+        }
+        assert!(count > 20, "{count}");
+    }
 }

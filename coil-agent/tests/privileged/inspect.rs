@@ -157,6 +157,7 @@ fn explain_knows_what_answers_inbound_connections() {
         ..FlowKey4::default()
     };
     let value = InboundValue { state: STATE_SYN, last_seen: seconds_since_boot().unwrap() };
+    assert_eq!(json(&topology, 0, "egress")["items"][0]["originatingOnly"], true);
     assert_eq!(json(&topology, 0, &explain(80))["verdict"], "egress", "before");
     noted.set(bytemuck::bytes_of(&key), bytemuck::bytes_of(&value));
     let said = json(&topology, 0, &explain(80));
@@ -309,6 +310,7 @@ fn listings_show_what_there_is() {
         ("conntrack -o wide", ["EXPIRES", "test/vclient", "SEEN-AS"]),
         ("policy", ["DESTINATION", "through Egress internet/nat", "egress pod"]),
         ("egress", ["SHARE", "100.0%", "test/vgateway"]),
+        ("egress -o wide", ["ORIGINATING-ONLY", "no", "TX-BYTES"]),
         ("drops", ["Nothing", "has", "dropped"]),
         ("drops --all --reason no_gateway --where node", ["no_gateway", "node", "No gateway"]),
         ("maps links/", ["from_pod", "to_pod", "No such map is pinned"]),
