@@ -124,6 +124,12 @@ indices! {
         AddressBusy = "address_busy",
         /// From the world to a port of translation, but no reply to anybody.
         UnknownReply = "unknown_reply",
+        /// UDP datagrams in one piece (GSO) that come out of a tunnel by FOU: they were to be cut apart before,
+        /// since the kernel would now do it at the wrong place.
+        UncutDatagrams = "uncut_datagrams",
+        /// Tunnelled packets that an interface has merged into one (GRO of UDP), so that what is inside of
+        /// each is not found.
+        MergedTunnel = "merged_tunnel",
     }
 }
 

@@ -54,6 +54,12 @@ pub(crate) fn remedy(reason: DropReason) -> Option<&'static str> {
         "already_encapsulated" => {
             "The pod runs a tunnel with offloads through an Egress: switch off transmit offloads of its tunnel device."
         }
+        "uncut_datagrams" => {
+            "At eth0 of the egress pod and at its interface on the node: `ethtool -K … tx-udp-segmentation off`. coil-egress and coild do that themselves; their logs say why not."
+        }
+        "merged_tunnel" => {
+            "Switch rx-udp-gro-forwarding and rx-gro-list off at the interface where such tunnels come in, or UDP checksums (encap-csum) at who sends them."
+        }
         "rewrite_failed" => "Report it, with kernel version and `coilctl maps`.",
         "unknown_gateway" | "inner_destination_mismatch" => {
             "Somebody who is no gateway of this pod sends it tunnel packets; harmless unless it is one of yours."

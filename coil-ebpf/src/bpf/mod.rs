@@ -611,7 +611,7 @@ fn finish<F: Build>(skb: &mut Skb, hook: u32, outcome: u64) -> i32 {
         return TC_ACT_UNSPEC;
     }
     if kind == Outcome::BACK.0 {
-        return skb.redirect_back(config());
+        return skb.redirect_back::<F>(config());
     }
     if kind == Outcome::NEAR {
         return near::send(outcome);
@@ -624,7 +624,7 @@ fn finish<F: Build>(skb: &mut Skb, hook: u32, outcome: u64) -> i32 {
         maps::count_invalid(F::INDEX, &dropped);
     }
     if kind == Outcome::REFUSE && refuse::refuse::<F>(skb, outcome >> 16) {
-        return if refuse::goes_on(outcome >> 16) { TC_ACT_UNSPEC } else { skb.redirect_back(config()) };
+        return if refuse::goes_on(outcome >> 16) { TC_ACT_UNSPEC } else { skb.redirect_back::<F>(config()) };
     }
     TC_ACT_SHOT
 }

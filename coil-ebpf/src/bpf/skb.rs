@@ -17,6 +17,8 @@ use coil_common::{
     stats::DropReason,
 };
 use coil_ebpf::{
+    decide::gateway::is_uncut,
+    head::Build,
     packet::{ETHERNET, Packet, View},
     parse::{
         ip::{self, Extensions},
@@ -83,17 +85,17 @@ impl Skb {
     }
 
     /// Sends the packet out of the interface that it came in by: by its queue, or at once to where the
-    /// other end of the interface receives it.
+    /// other end of the interface receives it, which passes whoever would cut the packet.
     #[inline(always)]
-    pub(super) fn redirect_back(&self, config: &Config) -> i32 {
+    pub(super) fn redirect_back<F: Build>(&mut self, config: &Config) -> i32 {
         let ifindex = self.ifindex();
+        let at_once = config.flags & CONFIG_REDIRECT_PEER != 0 && {
+            self.reload();
+            !is_uncut::<F, _>(self)
+        };
         // SAFETY: the helpers only note where the packet goes.
         unsafe {
-            if config.flags & CONFIG_REDIRECT_PEER != 0 {
-                bpf_redirect_peer(ifindex, 0) as i32
-            } else {
-                bpf_redirect(ifindex, 0) as i32
-            }
+            if at_once { bpf_redirect_peer(ifindex, 0) as i32 } else { bpf_redirect(ifindex, 0) as i32 }
         }
     }
 

@@ -167,7 +167,8 @@ fn tunnelled<F: Usual, P: Packet, const IPIP: bool>(
     if end > outer_end || inner_end > end || u16::from_ne_bytes(check) != 0 {
         return None;
     }
-    if packet.gso_size() != 0 && inner_end != length {
+    // Merged by somebody, or datagrams that nobody has cut.
+    if packet.gso_size() != 0 && (inner_end != length || (!IPIP && inner.protocol == UDP)) {
         return None;
     }
     let l4 = transport(view, &inner)?;

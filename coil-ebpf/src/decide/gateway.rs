@@ -18,7 +18,7 @@ use super::{
 use crate::{
     encap::Encap,
     family::Family,
-    head::{Build, Tunnel},
+    head::{Build, TCP, Tunnel, UDP},
     packet::{ETHERNET, Packet},
     parse::{
         Parse, l4, mss,
@@ -95,6 +95,20 @@ pub fn gateway<F: Outer + Build, P: Packet, T: NatTables<F>>(
     }
 }
 
+/// A packet that a gateway sends is one of datagrams, in a tunnel by FOU, that are still to be cut: by the queue of
+/// its interface, and nowhere else before the tunnel is gone.
+#[inline(always)]
+pub fn is_uncut<F: Build, P: Packet>(packet: &P) -> bool {
+    let protocol = |at: usize| {
+        let at = at + if F::INDEX == 0 { 8 } else { 6 };
+        packet.load::<2>(at).map(|[a, b]| if F::INDEX == 0 { b } else { a })
+    };
+    // What is in no tunnel may be taken for either.
+    packet.gso_size() != 0
+        && protocol(ETHERNET).is_ok_and(|protocol| protocol == UDP)
+        && !protocol(ETHERNET + F::OVERHEAD as usize).is_ok_and(|protocol| protocol == TCP)
+}
+
 /// What [`open`] must do for a tunnelled packet before it can be decided: a step of its own, since it
 /// needs the stack that [`out`] needs too. The flow itself is what [`NatTables::ask`] was told last.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -156,6 +170,7 @@ pub fn out<F: Outer + Build, P: Packet, T: NatTables<F>>(
         Err(DropReason::UnsupportedIcmp) => return Ok(Verdict::Icmp),
         Err(reason) => return Err(reason),
     };
+    wire::must_have_been_cut(packet, &l4, outer.encap)?;
     if inner.ttl <= 1 {
         return Ok(Verdict::Refuse(Refusal::time_exceeded(&inner)));
     }

@@ -70,6 +70,7 @@ pub fn to_pod<F: Outer, P: Packet, T: NodeTables<F>>(
         Err(DropReason::UnsupportedIcmp) => return Ok(Verdict::Icmp),
         Err(_) => return Ok(Verdict::Rewrite(None)),
     };
+    wire::must_have_been_cut(packet, &l4, outer.encap)?;
     if inner.fragment != 0 && !rewrite.noted {
         return Ok(Verdict::Fragment);
     }

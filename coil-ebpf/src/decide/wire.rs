@@ -2,10 +2,12 @@
 
 use coil_common::{
     config::{CONFIG_CUT, Config},
+    stats::DropReason,
     values::Counter,
 };
 
 use crate::{
+    encap::Encap,
     family::Family,
     head::Build,
     packet::{ETHERNET, Packet},
@@ -88,10 +90,19 @@ pub(super) fn is_uncut<P: Packet>(packet: &P, l4: &L4) -> bool {
 }
 
 /// The packet has to be cut before it is next sent, by a kernel that can. For one that cannot it stays whole, and
-/// the first network card cuts it inside its tunnel; where there is none it is lost behind the tunnel, if that is FOU.
+/// the first device that takes no such packets cuts it inside its tunnel: the interfaces of egress pods, which the
+/// agent and the gateway tell so, and network cards.
 #[inline(always)]
 pub(super) fn must_be_cut<P: Packet>(packet: &P, l4: &L4, config: &Config) -> bool {
     config.flags & CONFIG_CUT != 0 && is_uncut(packet, l4)
+}
+
+/// Checks that what comes out of a tunnel by FOU has been cut before: the mark of that tunnel stays at a packet whose
+/// headers of it are gone, and the kernel would cut datagrams as if they were still there. It does not with streams,
+/// nor with the mark of IP in IP.
+#[inline(always)]
+pub(super) fn must_have_been_cut<P: Packet>(packet: &P, l4: &L4, encap: Encap) -> Result<(), DropReason> {
+    if is_uncut(packet, l4) && !encap.is_ipip() { Err(DropReason::UncutDatagrams) } else { Ok(()) }
 }
 
 /// The error about such a packet.

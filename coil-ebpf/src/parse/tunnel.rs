@@ -174,16 +174,14 @@ pub fn outer<F: Outer, P: Packet>(packet: &mut P, located: Located) -> Result<Tu
 /// # Errors
 ///
 /// [`DropReason::Malformed`] or [`DropReason::Truncated`] if it is, or is longer than the tunnel
-/// made it.
+/// made it; [`DropReason::MergedTunnel`] if there is more in the packet than this one.
 #[inline(always)]
 pub fn inner<F: Outer, P: Packet>(packet: &mut P, outer: &Tunnelled<F>) -> Result<Ip<F>, DropReason> {
     let inner = F::parse(packet, outer.inner)?;
-    let fits = if packet.gso_size() == 0 {
-        inner.end() <= outer.end
-    } else {
-        // A GSO packet of which the inner header does not know the whole length is not one that a
-        // tunnel made: somebody merged datagrams. The outer length may be cut to 16 bits.
-        inner.end() as u32 == packet.length()
-    };
-    if fits { Ok(inner) } else { Err(DropReason::Malformed) }
+    if packet.gso_size() == 0 {
+        return if inner.end() <= outer.end { Ok(inner) } else { Err(DropReason::Malformed) };
+    }
+    // A GSO packet of which the inner header does not know the whole length is not one that a
+    // tunnel made: somebody merged datagrams. The outer length may be cut to 16 bits.
+    if inner.end() as u32 == packet.length() { Ok(inner) } else { Err(DropReason::MergedTunnel) }
 }

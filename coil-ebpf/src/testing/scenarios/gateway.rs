@@ -133,6 +133,7 @@ fn refused(w: &World) -> Vec<Scenario> {
                 .drops(DropReason::Truncated),
         );
     }
+    rows.extend(pieces(w));
     if !w.is_v4() {
         let mut routing = out.clone().extension(43, 24).packet(17, &inner[40..]);
         routing[43] = 1;
@@ -161,6 +162,33 @@ struct Flow {
     ports: (u16, u16),
     protocol: u8,
     port: u16,
+}
+
+/// What is in one piece and should not be.
+fn pieces(w: &World) -> Vec<Scenario> {
+    let inner = w.out().udp(PORTS, &[7; 300]);
+    let halves = || {
+        vec![
+            w.forward(PORTS, 17, 50000, Nat::fresh(CONFIRMED)),
+            w.reverse(PORTS, 17, 50000, Nat::fresh(STATE_REPLY)),
+        ]
+    };
+    let mut rows = vec![
+        row(w, "datagrams that nobody has cut", &w.to_gateway(&inner)).drops(DropReason::UncutDatagrams),
+        row(w, "datagrams of a known flow that nobody has cut", &w.to_gateway(&inner))
+            .and(halves())
+            .leaves(halves())
+            .drops(DropReason::UncutDatagrams),
+    ];
+    for row in &mut rows {
+        (row.packet.gso_size, row.packet.gso_segments) = (100, 3);
+    }
+    let several = [inner.clone(), inner.clone(), inner].concat();
+    let mut merged = row(w, "tunnelled packets that somebody has merged", &w.to_gateway(&several))
+        .drops(DropReason::MergedTunnel);
+    (merged.packet.gso_size, merged.packet.gso_segments) = (several.len() as u32 / 3, 3);
+    rows.push(merged);
+    rows
 }
 
 const TCP: Flow = Flow { ports: PORTS, protocol: 6, port: PORTS.0 };

@@ -110,6 +110,21 @@ fn refused(w: &World) -> Vec<Scenario> {
         broken("UDP length more than the packet", header + 4, &[2, 0]).drops(DropReason::Malformed),
         broken("UDP length less than the inner packet", header + 4, &[a, b]).drops(DropReason::Malformed),
     ]);
+    let in_pieces = |name: &str, packet: &[u8], size: usize, reason: DropReason| {
+        let mut row = row(w, name, packet).drops(reason);
+        (row.packet.gso_size, row.packet.gso_segments) = (u32::try_from(size).unwrap_or(0), 3);
+        row
+    };
+    let uncut = w.to_client(&w.back().udp(PORTS_BACK, &[7; 300]));
+    let several = w.to_client(&[inner.clone(), inner.clone(), inner.clone()].concat());
+    let flow = || vec![w.flow_entry((w.pod, w.remote, PORTS, 17), w.flow_value())];
+    rows.extend([
+        in_pieces("datagrams that nobody has cut", &uncut, 100, DropReason::UncutDatagrams),
+        in_pieces("datagrams of a known flow that nobody has cut", &uncut, 100, DropReason::UncutDatagrams)
+            .and(flow())
+            .leaves(flow()),
+        in_pieces("merged by somebody", &several, inner.len(), DropReason::MergedTunnel),
+    ]);
     // The outer packet claims more than there is.
     let mut short = row(w, "cut inside the tunnel", &tunnelled).drops(DropReason::Truncated);
     short.packet.bytes.pop();

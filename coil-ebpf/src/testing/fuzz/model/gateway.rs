@@ -6,7 +6,7 @@ use coil_common::stats::{DropReason, GatewayStat, IcmpStat};
 
 use super::{
     End, Half, Input, Model, Note, Says, Seen, Should, Size, Tunnel, Tunnelled, clamp, datagram, error,
-    follow, framed, hop, inner, is_local, is_too_big, marked,
+    follow, framed, hop, inner, is_local, is_too_big, is_uncut, marked,
     node::{inner_mtu, is_about_size, told_mtu},
     quoted_tunnel, refuse, set_address, set_port, set_tos, size, tunnelled, unknown_reply, unpack, wrap,
 };
@@ -78,6 +78,9 @@ impl Model {
             return Ok(Should::drop(DropReason::ForbiddenDestination));
         }
         match wire::transport(&ip, outer.inner) {
+            Ok(transport) if is_uncut(input, &transport, outer.kind) => {
+                Ok(Should::drop(DropReason::UncutDatagrams))
+            }
             Ok(transport) => self.flow_out(input, &outer, &ip, &transport, seen),
             Err(DropReason::Fragment) => Ok(self.later_out(input, &outer, &ip)),
             Err(DropReason::UnsupportedIcmp) => Ok(self.icmp_out(input, &outer, &ip)),

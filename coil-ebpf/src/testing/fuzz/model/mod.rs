@@ -364,8 +364,15 @@ fn address(bytes: &[u8]) -> IpAddr {
 /// Reads the inner packet.
 fn inner(input: &Input, outer: &Tunnelled, v6: bool) -> Result<Ip, Vec<DropReason>> {
     let ip = wire::ip(outer.inner, v6, input.is_segmented())?;
-    let fits = if input.is_segmented() { ip.total == outer.inner.len() } else { ip.total <= outer.room };
-    if fits { Ok(ip) } else { Err(vec![DropReason::Malformed]) }
+    if input.is_segmented() {
+        return if ip.total == outer.inner.len() { Ok(ip) } else { Err(vec![DropReason::MergedTunnel]) };
+    }
+    if ip.total <= outer.room { Ok(ip) } else { Err(vec![DropReason::Malformed]) }
+}
+
+/// Nobody has cut these datagrams while they were in a tunnel that must be gone by then.
+fn is_uncut(input: &Input, transport: &Transport, tunnel: Tunnel) -> bool {
+    input.is_segmented() && matches!(transport.kind, Kind::Udp) && matches!(tunnel, Tunnel::Fou)
 }
 
 /// Writes the traffic class.

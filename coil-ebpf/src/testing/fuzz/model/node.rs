@@ -6,8 +6,8 @@ use coil_common::stats::{DropReason, IcmpStat};
 
 use super::{
     Input, Model, Note, PodFlow, Says, Seen, Should, Size, Tunnel, Tunnelled, chosen_port, clamp, datagram,
-    error, follow, framed, inner, is_local, is_too_big, marked, quoted_tunnel, refuse, set_tos, size,
-    tunnelled, unpack, wrap,
+    error, follow, framed, inner, is_local, is_too_big, is_uncut, marked, quoted_tunnel, refuse, set_tos,
+    size, tunnelled, unpack, wrap,
 };
 use crate::testing::{
     build::FOU,
@@ -223,6 +223,9 @@ impl Model {
             return Should::drop(DropReason::InnerDestinationMismatch);
         }
         match wire::transport(&ip, outer.inner) {
+            Ok(transport) if is_uncut(input, &transport, outer.kind) => {
+                Should::drop(DropReason::UncutDatagrams)
+            }
             Ok(transport) => {
                 if let Some((key, _)) = datagram(&ip) {
                     let note = Note { flow: transport.flow, open: true, seen: self.now };
