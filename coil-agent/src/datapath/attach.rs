@@ -358,7 +358,7 @@ fn remove(path: &Path) -> Result<(), PinError> {
     }
 }
 
-fn interface_name(ifindex: u32) -> Result<String, AttachError> {
+pub(super) fn interface_name(ifindex: u32) -> Result<String, AttachError> {
     nix::net::if_::if_indextoname(ifindex)
         .ok()
         .and_then(|name| name.into_string().ok())

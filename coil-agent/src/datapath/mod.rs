@@ -17,6 +17,7 @@ mod migrate;
 mod near;
 mod object;
 mod older;
+mod pieces;
 mod pins;
 mod plan;
 mod pod_names;
@@ -41,6 +42,7 @@ pub(crate) mod internal {
     pub(crate) use super::maps::absent_is_fine;
     pub(crate) use super::migrate::current;
     pub(crate) use super::older::cut;
+    pub(crate) use super::pieces::cut_datagrams;
     pub(crate) use super::pins::{IfUnmounted, PinFolder};
     pub(crate) use super::pod_names::text;
     pub(crate) use super::read::ReadMap;
@@ -67,6 +69,7 @@ use nix::time::{ClockId, clock_gettime};
 use self::attach::{Attachable, Hook, PodPrograms, link_alive};
 use self::inbound::InboundSweeper;
 use self::maps::NodeMaps;
+use self::pieces::Cutters;
 use self::pins::{IfUnmounted, PinFolder};
 use self::pod_names::PodNames;
 use self::stats::{FlowCounts, MapFill, NodeCollector};
@@ -251,6 +254,7 @@ pub struct NodeDatapath {
     folder: PinFolder,
     writer: Writer<NodeMaps, PodPrograms>,
     names: PodNames,
+    cutters: Cutters,
     sweeper: FlowSweeper,
     inbound: InboundSweeper,
     flows: FlowCounts,
@@ -339,6 +343,7 @@ impl NodeDatapath {
             folder,
             writer: Writer::new(maps, programs, limits, first_set),
             names,
+            cutters: Cutters::default(),
             sweeper,
             inbound,
             flows,
@@ -381,6 +386,7 @@ impl Datapath for NodeDatapath {
         if let Some(maps) = self.writer.maps() {
             self.fill.set(maps);
         }
+        self.cutters.sync(state);
         if let Err(error) = self.names.sync(state) {
             let error = &error as &dyn std::error::Error;
             tracing::warn!(error, "cannot write the names of pods; tools will not know them");
@@ -395,6 +401,7 @@ impl Datapath for NodeDatapath {
     fn resync(&mut self) {
         self.writer.resync();
         self.names.forget();
+        self.cutters.forget();
     }
 
     fn sweep(&mut self, now: u32, budget: usize) -> Result<SweepReport, DatapathError> {

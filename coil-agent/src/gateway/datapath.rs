@@ -18,7 +18,7 @@ use super::clients::difference;
 use super::collect::NatCollector;
 use super::ports::{NatPorts, PortKeeper};
 use crate::datapath::internal::{
-    Attachable, Hook, IfUnmounted, Loaded, PinFolder, absent_is_fine, boot_seed, cut, load,
+    Attachable, Hook, IfUnmounted, Loaded, PinFolder, absent_is_fine, boot_seed, cut, cut_datagrams, load,
 };
 use crate::datapath::timeouts::Timeouts;
 use crate::datapath::{DatapathError, IcmpLimit, LoadError, MapAccessError, Role};
@@ -156,6 +156,10 @@ impl GatewayDatapath {
         let path = folder.join(names::PROGRAM_GATEWAY);
         let fresh = program.attach(*ifindex, &path, program.mode())?;
         loaded.finish_migration()?;
+        if let Err(error) = cut_datagrams(*ifindex) {
+            let error = &error as &dyn std::error::Error;
+            tracing::warn!(error, "the interface goes on taking UDP datagrams in one piece");
+        }
         tracing::info!(pins = %folder.display(), adopted = !fresh, "gateway program attached");
         Ok(Self {
             clients: ClientMaps::new(&mut loaded)?,

@@ -9,6 +9,7 @@ mod fuzz;
 mod hostile;
 mod inspect;
 mod ipam;
+mod merged;
 mod near;
 mod netlink;
 mod others;

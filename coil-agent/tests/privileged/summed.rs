@@ -18,7 +18,7 @@ const FOU: u16 = 5555;
 const ETHERNET: usize = 14;
 
 /// A UDP datagram with its checksum, as an IP packet.
-fn packet(from: SocketAddr, to: SocketAddr, data: &[u8]) -> Vec<u8> {
+pub(crate) fn packet(from: SocketAddr, to: SocketAddr, data: &[u8]) -> Vec<u8> {
     let length = u16::try_from(8 + data.len()).unwrap();
     let mut datagram = [from.port(), to.port(), length, 0].map(u16::to_be_bytes).concat();
     datagram.extend(data);
