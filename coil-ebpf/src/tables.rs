@@ -82,12 +82,12 @@ pub trait NodeTables<F: Family>: Clock + Fragments<F> + Affinities<F> + Inbounds
     fn pod_usage(&self, cell: u32) -> i64;
     /// Adds one to it.
     fn pod_uses_more(&self, cell: u32);
-    /// Adds a flow, or replaces it with fresh counters.
+    /// Adds a flow unless there is one, or replaces the one that there is with fresh counters; whether there is one more.
     ///
     /// # Errors
     ///
     /// [`Full`] if the table has no room.
-    fn put_flow(&self, key: &F::KeyWords, value: &FlowValue) -> Result<(), Full>;
+    fn put_flow(&self, key: &F::KeyWords, value: &FlowValue, replace: bool) -> Result<bool, Full>;
     /// Writes the decision of a flow (set, egress, gateway and its generation) and keeps the rest.
     fn decide_flow(&self, flow: Self::Flow, value: &FlowValue);
     /// Forgets some `STATE_*` bits of a flow.

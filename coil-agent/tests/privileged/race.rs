@@ -20,13 +20,16 @@ use coil_common::names::{
 };
 use coil_common::stats::GatewayStat;
 use coil_common::usage::gateway_total;
-use coil_common::values::{NatValue4, NatValue6};
+use coil_common::values::{FlowValue, NatValue4, NatValue6};
 use coil_ebpf::testing::build::{Ip, ethernet, tunnel};
 use coil_ebpf::testing::scenario::IFINDEX;
+use coil_ebpf::testing::scenarios;
 use nix::sched::{CpuSet, sched_setaffinity};
 use nix::unistd::Pid;
 
+use crate::scenarios::Machine;
 use crate::support::maps;
+use crate::support::net::NetNs;
 use crate::support::raw::RawMap;
 use crate::support::topology::Topology;
 
@@ -245,6 +248,54 @@ fn one_flow(v6: bool) {
     // Ports outside the range, so that it takes a search to find one.
     let made = race.run(|_, number| (client(v6, 0), 30_000 + number));
     assert!(made.iter().all(|made| *made == usize::from(FLOWS)), "{made:?}");
+}
+
+/// The same at the pod: one entry, which counts every packet, and one flow of the pod's share.
+fn one_flow_of_a_pod(v6: bool) {
+    const FLOWS: u16 = 480;
+    NetNs::new("race").run(move || {
+        let name = format!("from_pod v{}: UDP", if v6 { 6 } else { 4 });
+        let scenario = scenarios().into_iter().find(|scenario| scenario.name == name).unwrap();
+        let machine = Machine::new(scenario.hook, &scenario.config, None);
+        machine.fill(&scenario.entries);
+        let program = machine.program(scenario.hook);
+        let threads = processors().max(2);
+        let line = Line { threads, arrived: AtomicUsize::new(0) };
+        let source_port = 14 + if v6 { 40 } else { 20 };
+        std::thread::scope(|scope| {
+            for thread in 0..threads {
+                let (line, program, packet) = (&line, &program, scenario.packet.bytes.clone());
+                scope.spawn(move || {
+                    pin(thread % processors());
+                    let mut packet = packet;
+                    for number in 0..FLOWS {
+                        packet[source_port..source_port + 2].copy_from_slice(&number.to_be_bytes());
+                        let context = SkBuff { ifindex: IFINDEX, ..SkBuff::default() };
+                        line.wait(usize::from(number) + 1);
+                        let left = test_run(program, &packet, context, 1).unwrap().packet;
+                        assert!(left.len() > packet.len(), "it has no tunnel");
+                    }
+                });
+            }
+        });
+        let flows: Vec<FlowValue> = machine.entries().iter().map(|entry| entry.value.read()).collect();
+        assert_eq!(flows.len(), usize::from(FLOWS));
+        let lacking = flows.iter().filter(|flow| flow.tx_packets != threads as u64).count();
+        assert_eq!(lacking, 0, "flows of {FLOWS} that do not count all {threads} packets");
+        assert_eq!(machine.pod_flows(), u64::from(FLOWS));
+    });
+}
+
+#[test]
+#[ignore = "privileged: needs root and the eBPF object"]
+fn a_flow_of_a_pod_on_several_processors_is_one_flow_v4() {
+    one_flow_of_a_pod(false);
+}
+
+#[test]
+#[ignore = "privileged: needs root and the eBPF object"]
+fn a_flow_of_a_pod_on_several_processors_is_one_flow_v6() {
+    one_flow_of_a_pod(true);
 }
 
 #[test]

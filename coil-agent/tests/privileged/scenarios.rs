@@ -17,6 +17,7 @@ use coil_common::names::{
     NODE_MAPS, pod_slot,
 };
 use coil_common::stats::DropReason;
+use coil_common::usage::ROWS;
 use coil_common::values::{
     AffinityValue, Counter, FlowValue, FragmentValue, InboundValue, NatValue4, NatValue6, PodSlot, PodValue,
 };
@@ -127,9 +128,22 @@ impl Machine {
         }
     }
 
+    /// The program of a hook.
+    pub(crate) fn program(&self, hook: Hook) -> ProgramFd {
+        self.loaded.program(hook.program()).unwrap()
+    }
+
+    /// How many flows of pods the quotas count.
+    pub(crate) fn pod_flows(&self) -> u64 {
+        let cells = self.maps[MAP_POD_USAGE].entries().into_iter();
+        let sum: u64 = cells.map(|(_, count)| u64::from_ne_bytes(count.try_into().unwrap())).sum();
+        // Each flow is counted in a cell of each row.
+        sum / u64::from(ROWS)
+    }
+
     /// Shows a packet to a program, in the name space of this thread.
     pub(crate) fn show(&self, hook: Hook, packet: &Memory) -> Result<(Action, Vec<u8>), String> {
-        let program: ProgramFd = self.loaded.program(hook.program()).unwrap();
+        let program = self.program(hook);
         let context = SkBuff {
             ifindex: IFINDEX,
             gso_size: packet.gso_size,

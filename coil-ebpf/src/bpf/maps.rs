@@ -357,10 +357,21 @@ macro_rules! node_tables {
             }
 
             #[inline(always)]
-            fn put_flow(&self, key: &<$family as Family>::KeyWords, value: &FlowValue) -> Result<(), Full> {
-                $flows.insert(shared::<$family>(key), value, u64::from(BPF_ANY)).map_err(|_| Full)?;
-                events::flow(shared::<$family>(key), value.egress, value.gateway);
-                Ok(())
+            fn put_flow(
+                &self,
+                key: &<$family as Family>::KeyWords,
+                value: &FlowValue,
+                replace: bool,
+            ) -> Result<bool, Full> {
+                let how = if replace { BPF_ANY } else { BPF_NOEXIST };
+                match $flows.insert(shared::<$family>(key), value, u64::from(how)) {
+                    Ok(()) => {
+                        events::flow(shared::<$family>(key), value.egress, value.gateway);
+                        Ok(!replace)
+                    }
+                    Err(EXISTS) => Ok(false),
+                    Err(_) => Err(Full),
+                }
             }
 
             #[inline(always)]

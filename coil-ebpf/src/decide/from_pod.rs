@@ -127,10 +127,11 @@ pub fn from_pod<F: Parse + Build, P: Packet, T: NodeTables<F>>(
                 pod: (packet.interface() & 0xffff) as u16,
                 ..choice.value
             };
-            if tables.put_flow(flow.key(), &value).is_err() {
+            // Another packet of the flow may have been faster, on another processor: then there is its entry.
+            let Ok(added) = tables.put_flow(flow.key(), &value, known.is_some()) else {
                 return Err(DropReason::FlowTableFull);
-            }
-            if known.is_none() {
+            };
+            if added {
                 tables.pod_uses_more(cells[0]);
                 tables.pod_uses_more(cells[1]);
             }

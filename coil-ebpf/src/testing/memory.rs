@@ -423,8 +423,17 @@ macro_rules! tables {
                 self.live(flow.0, &flow.1).unwrap_or_default()
             }
 
-            fn put_flow(&self, key: &<$family as Family>::KeyWords, value: &FlowValue) -> Result<(), Full> {
-                self.put($maps[2], &Key::of(key), value, true).map_err(|_| Full)
+            fn put_flow(
+                &self,
+                key: &<$family as Family>::KeyWords,
+                value: &FlowValue,
+                replace: bool,
+            ) -> Result<bool, Full> {
+                match self.put($maps[2], &Key::of(key), value, replace) {
+                    Ok(()) => Ok(!replace),
+                    Err(ReserveError::Taken) => Ok(false),
+                    Err(ReserveError::Full) => Err(Full),
+                }
             }
 
             fn decide_flow(&self, flow: Self::Flow, value: &FlowValue) {
