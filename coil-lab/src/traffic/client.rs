@@ -309,7 +309,7 @@ async fn echo_stream(
                 if end.is_due(begun) {
                     break 'all;
                 }
-                writer.write_all(piece).await?;
+                writer.write_all(piece).await.context("sending")?;
                 sent += piece.len() as u64;
                 if rate > 0 {
                     let due = pause(usize::try_from(sent).unwrap_or(usize::MAX), rate);
@@ -317,8 +317,8 @@ async fn echo_stream(
                 }
             }
         }
-        writer.shutdown().await?;
-        Ok::<u64, std::io::Error>(sent)
+        writer.shutdown().await.context("sending")?;
+        Ok(sent)
     };
 
     let mut bytes = 0;
@@ -356,15 +356,12 @@ async fn echo_stream(
             }
         }
     };
-    let (sent, received) = tokio::join!(send, receive);
-    let mut error = received.err().map(|error| format!("{error:#}"));
-    match sent {
-        Ok(sent) if error.is_none() && sent != bytes => {
-            error = Some(format!("{sent} bytes sent, {bytes} came back"))
-        }
-        Err(failed) if error.is_none() => error = Some(format!("sending: {failed}")),
-        _ => {}
-    }
+    // Who fails ends the other, which might wait for ever.
+    let error = match tokio::try_join!(send, receive) {
+        Ok((sent, ())) if sent != bytes => Some(format!("{sent} bytes sent, {bytes} came back")),
+        Ok(_) => None,
+        Err(error) => Some(format!("{error:#}")),
+    };
     Ok(Stream {
         ok: error.is_none(),
         bytes,
@@ -447,4 +444,32 @@ async fn udp(
     }
     let received = count - missing.len() as u64;
     Ok(Udp { ok: received == count && wrong == 0 && peer.is_some(), sent, received, wrong, peer })
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::AsyncWriteExt;
+    use tokio::net::TcpListener;
+
+    use super::*;
+
+    /// A server that takes nothing and sends nothing back: what was to be sent does not keep the error from being told.
+    #[tokio::test]
+    async fn a_stream_that_stalls_ends() -> anyhow::Result<()> {
+        let listener = TcpListener::bind("127.0.0.1:0").await?;
+        let server = listener.local_addr()?;
+        let silent = async {
+            let (mut connection, from) = listener.accept().await?;
+            let peer = Peer { peer: from.ip(), port: from.port(), local: server.ip() };
+            connection.write_all(format!("{}\n", serde_json::to_string(&peer)?).as_bytes()).await?;
+            Ok::<_, anyhow::Error>(connection)
+        };
+        let end = End { duration: Duration::from_secs(3600), file: None };
+        let stream = echo_stream(server, end, 0, Duration::from_millis(100), false);
+        let (connection, stream) = tokio::try_join!(silent, stream)?;
+        drop(connection);
+        let error = stream.error.unwrap_or_default();
+        assert!(!stream.ok && error.starts_with("nothing came back for 100 ms"), "{error}");
+        Ok(())
+    }
 }
