@@ -32,6 +32,16 @@ const ALL: &[Exception] = &[
     privileged("others::tcx_links_beside_our_tcx_links", (6, 6), NO_TCX),
     privileged("others::filters_beside_our_tcx_links", (6, 6), NO_TCX),
     privileged("others::tcx_links_beside_our_filters", (6, 6), NO_TCX),
+    privileged(
+        "shortcut::tunnelled_packets_pass_the_stack_by",
+        (5, 12),
+        "the kernel does not say the MTU of a route, so that the short way is never taken",
+    ),
+    privileged(
+        "tunnel::datagrams_that_nobody_cuts_are_counted",
+        (5, 12),
+        "veth devices take no datagrams in pieces, so that there are none that nobody has cut",
+    ),
     privileged("merged::", (5, 13), "veth devices merge nothing without an XDP program"),
 ];
 
