@@ -6,6 +6,7 @@
 
 mod exceptions;
 mod kernels;
+mod plan;
 mod report;
 
 use std::num::NonZeroUsize;
@@ -24,6 +25,7 @@ use crate::test::Tally;
 use crate::{host, root, target_dir};
 
 use kernels::Kernel;
+use plan::Program;
 use report::Outcome;
 pub use report::Report;
 
@@ -67,7 +69,7 @@ pub enum Suite {
     Interop,
 }
 
-/// Seconds that all tests take at most, on a machine that emulates and has other things to do.
+/// Seconds that the tests of one virtual machine take at most, emulated and with other things going on.
 const TIMEOUT: u32 = 3600;
 
 /// Test programs of `coil-agent`, by the names of their targets.
@@ -121,67 +123,83 @@ impl VmTest {
         Ok(if total.failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
     }
 
-    /// The test programs, built: name and executable.
-    fn programs(&self) -> Result<Vec<(&'static str, PathBuf)>> {
+    /// The test programs, built, with the tests that are asked for.
+    fn programs(&self) -> Result<Vec<Program>> {
         let mut programs = Vec::new();
         for (name, suite) in PROGRAMS {
             if [Suite::All, *suite].contains(&self.suite) {
-                programs.push((*name, kept(&build(name, &["test", "--test", name])?)?));
+                let filters = match &self.only {
+                    Some(only) => vec![only.as_str()],
+                    None if self.essential && *name == "privileged" => ESSENTIAL.to_vec(),
+                    None => vec![],
+                };
+                let path = kept(&build(name, &["test", "--test", name])?)?;
+                programs.push(Program::list(name, &path, &filters)?);
             }
         }
         Ok(programs)
     }
 
-    /// Runs the programs on each kernel, on several at once.
-    fn on_each(&self, kernels: &[Kernel], programs: &[(&'static str, PathBuf)]) -> Result<Vec<Report>> {
+    /// Runs the programs on each kernel, in as many machines at once as there are jobs. Machines of one kernel share its
+    /// tests, so that no processor is idle while the last kernel is at work.
+    fn on_each(&self, kernels: &[Kernel], programs: &[Program]) -> Result<Vec<Report>> {
         let jobs = self.jobs.or_else(|| std::thread::available_parallelism().ok());
-        let jobs = jobs.map_or(1, NonZeroUsize::get).min(kernels.len());
+        let jobs = jobs.map_or(1, NonZeroUsize::get);
+        let mut machines = Vec::new();
+        for (index, kernel) in kernels.iter().enumerate() {
+            let scripts = plan::scripts(programs, kernel.version, jobs);
+            let count = scripts.len();
+            let machine = |(number, script)| {
+                let mark = match (jobs, count) {
+                    (1, _) => String::new(),
+                    (_, 1) => format!("{}: ", kernel.release),
+                    _ => format!("{} {}/{count}: ", kernel.release, number + 1),
+                };
+                (index, mark, script)
+            };
+            machines.extend(scripts.into_iter().enumerate().map(machine));
+        }
+        if machines.is_empty() {
+            bail!("there is no such test for these kernels");
+        }
         let next = AtomicUsize::new(0);
         let work = || {
-            let mut reports = Vec::new();
-            while let index = next.fetch_add(1, Ordering::Relaxed)
-                && let Some(kernel) = kernels.get(index)
+            let mut parts = Vec::new();
+            while let number = next.fetch_add(1, Ordering::Relaxed)
+                && let Some((index, mark, script)) = machines.get(number)
+                && let Some(kernel) = kernels.get(*index)
             {
-                let mark = if jobs > 1 { format!("{}: ", kernel.release) } else { String::new() };
-                reports.push((index, self.on(kernel, programs, &mark)));
+                parts.push((*index, self.on(kernel, script, mark)));
             }
-            reports
+            parts
         };
-        let mut reports: Vec<(usize, Result<Report>)> = std::thread::scope(|scope| {
-            let workers: Vec<_> = (0..jobs).map(|_| scope.spawn(work)).collect();
+        let parts: Vec<(usize, Result<Report>)> = std::thread::scope(|scope| {
+            let workers: Vec<_> = (0..jobs.min(machines.len())).map(|_| scope.spawn(work)).collect();
             workers
                 .into_iter()
                 .flat_map(|worker| worker.join().unwrap_or_else(|cause| resume_unwind(cause)))
                 .collect()
         });
-        reports.sort_by_key(|(index, _)| *index);
-        reports.into_iter().map(|(_, report)| report).collect()
+        let whole = |kernel: &Kernel| {
+            let mut report = Report::new(&kernel.release);
+            report.left_out = plan::left_out(programs, kernel.version);
+            report
+        };
+        let mut reports: Vec<_> = kernels.iter().map(whole).collect();
+        for (index, part) in parts {
+            let part = part?;
+            if let Some(report) = reports.get_mut(index) {
+                report.add(part);
+            }
+        }
+        Ok(reports)
     }
 
-    /// Boots a kernel and runs the programs in it; the mark stands before each line of what they print.
-    fn on(&self, kernel: &Kernel, programs: &[(&'static str, PathBuf)], mark: &str) -> Result<Report> {
-        say(format!("{}: booting, then running {}", kernel.release, names(programs)));
+    /// Boots a kernel and runs a script in it; the mark stands before each line of what it prints.
+    fn on(&self, kernel: &Kernel, script: &str, mark: &str) -> Result<Report> {
+        say(format!("{mark}booting {}, then running its tests", kernel.release));
         let start = Instant::now();
         let mut report = Report::new(&kernel.release);
-        let mut script = String::from("result=0\n");
-        for (name, path) in programs {
-            let mut skip = String::new();
-            for exception in exceptions::of(name, kernel.version) {
-                skip.push_str(&format!(" --skip {}", exception.test));
-                report.left_out.push((exception.test.to_owned(), exception.reason.to_owned()));
-            }
-            let only = match &self.only {
-                Some(only) => only.clone(),
-                None if self.essential && *name == "privileged" => ESSENTIAL.join(" "),
-                None => String::new(),
-            };
-            let path = path.display();
-            // One at a time: an emulated machine gains nothing by more, and their output stays in order.
-            script.push_str(&format!(
-                "echo 'program {name}'; '{path}' --ignored --nocapture --test-threads=1 {skip} {only} || result=1\n"
-            ));
-        }
-        script.push_str("exit $result\n");
         let mut command = runner();
         // One processor: an emulated kernel that patches its code while another runs it has been seen to crash.
         command.args(["run", "-c", "1", "-t", &self.timeout.to_string(), "-s"]).arg(target_dir());
@@ -190,11 +208,11 @@ impl VmTest {
         if self.console {
             command.arg("-v");
         }
-        command.arg(&kernel.folder).args(["--", "bash", "-c", &script]);
+        command.arg(&kernel.folder).args(["--", "bash", "-c", script]);
         let succeeded = tee_marked(mark, &mut command, |line| report.line(line))?;
         report.seconds = start.elapsed().as_secs();
         if !succeeded && report.tally().failed == 0 {
-            report.outcomes.push(("the virtual machine".into(), Outcome::Failed));
+            report.outcomes.push((format!("{mark}the virtual machine"), Outcome::Failed));
         }
         Ok(report)
     }
@@ -228,13 +246,10 @@ pub fn one_kernel() -> Result<OneKernel> {
         jobs: None,
         console: false,
     };
-    let report = verb.on(&kernel, &verb.programs()?, "")?;
-    eprintln!("{}", report::table(std::slice::from_ref(&report)));
+    let reports = verb.on_each(&[kernel], &verb.programs()?)?;
+    eprintln!("{}", report::table(&reports));
+    let report = reports.into_iter().next().context("no report of the kernel")?;
     Ok(OneKernel::Ran(report))
-}
-
-fn names(programs: &[(&'static str, PathBuf)]) -> String {
-    programs.iter().map(|(name, _)| *name).collect::<Vec<_>>().join(" and ")
 }
 
 /// Installs what is missing.

@@ -24,7 +24,7 @@ pub struct Report {
     pub outcomes: Vec<(String, Outcome)>,
     /// Tests that do not apply, and why.
     pub left_out: Vec<(String, String)>,
-    /// How long it all took.
+    /// How long it all took, one machine's time added to another's.
     pub seconds: u64,
     program: String,
     /// The test whose line has begun.
@@ -72,6 +72,14 @@ impl Report {
         if let Some(name) = self.begun.take() {
             self.outcomes.push((format!("{}::{name}", self.program), outcome));
         }
+    }
+
+    /// Adds what another machine with the same kernel has run.
+    pub fn add(&mut self, part: Self) {
+        self.outcomes.extend(part.outcomes);
+        self.seconds += part.seconds;
+        self.summaries.add(part.summaries);
+        self.begun = self.begun.take().or(part.begun);
     }
 
     /// Counts; a test whose outcome cannot be read makes a failure.
@@ -166,6 +174,20 @@ mod tests {
         assert_eq!(report.tally(), Tally { passed: 2, failed: 1, ignored: 0 });
         assert_eq!(report.outcomes[1], ("privileged::a::c".to_owned(), Outcome::Passed));
         assert!(table(&[report]).contains("2/1/0"));
+    }
+
+    #[test]
+    fn parts_add_up() {
+        let [mut first, mut second] = ["a", "b"].map(|test| {
+            let mut report = Report::new("6.1");
+            report.line("program privileged");
+            report.line(&format!("test {test} ... ok"));
+            report.line("test result: ok. 1 passed; 0 failed; 0 ignored; 0 measured; 121 filtered out");
+            report
+        });
+        second.line("test c ... thread panicked");
+        first.add(second);
+        assert_eq!(first.tally(), Tally { passed: 2, failed: 1, ignored: 0 });
     }
 
     #[test]

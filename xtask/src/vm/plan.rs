@@ -1,0 +1,105 @@
+//! Which tests run in which virtual machine.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result};
+
+use super::exceptions;
+use crate::process::output;
+
+/// A test program, and those of its tests that are asked for.
+#[derive(Debug)]
+pub struct Program {
+    /// Name of its target.
+    pub name: &'static str,
+    path: PathBuf,
+    tests: Vec<String>,
+}
+
+impl Program {
+    /// Asks a program for its privileged tests whose names contain one of the filters; without any, for all.
+    pub fn list(name: &'static str, path: &Path, filters: &[&str]) -> Result<Self> {
+        let mut command = Command::new(path);
+        command.args(["--ignored", "--list", "--format", "terse"]).args(filters);
+        let listed = output(&mut command)?;
+        let tests = listed.lines().map(|line| {
+            let name =
+                line.strip_suffix(": test").with_context(|| format!("{name} lists a test as {line:?}"))?;
+            Ok(name.to_owned())
+        });
+        Ok(Self { name, path: path.to_owned(), tests: tests.collect::<Result<_>>()? })
+    }
+
+    fn exception(&self, test: &str, version: (u32, u32)) -> Option<&'static exceptions::Exception> {
+        exceptions::of(self.name, version).find(|exception| test.contains(exception.test))
+    }
+}
+
+/// The asked-for tests that do not apply to a kernel, and why.
+pub fn left_out(programs: &[Program], version: (u32, u32)) -> Vec<(String, String)> {
+    let of_one = |program: &Program| {
+        let pairs = program.tests.iter().filter_map(|test| {
+            let exception = program.exception(test, version)?;
+            Some((format!("{}::{test}", program.name), exception.reason.to_owned()))
+        });
+        pairs.collect::<Vec<_>>()
+    };
+    programs.iter().flat_map(of_one).collect()
+}
+
+/// What machines of one kernel run, as shell scripts: so many that each gets every so-manieth of the tests that apply,
+/// so that they end at about the same time; fewer when there are not enough tests.
+pub fn scripts(programs: &[Program], version: (u32, u32), machines: usize) -> Vec<String> {
+    let script = |machine| {
+        let mut script = String::new();
+        for program in programs {
+            let apply = program.tests.iter().filter(|test| program.exception(test, version).is_none());
+            let share: Vec<_> =
+                apply.skip(machine).step_by(machines).map(|test| format!("'{test}'")).collect();
+            if share.is_empty() {
+                continue;
+            }
+            // One at a time: an emulated machine gains nothing by more, and their output stays in order.
+            script.push_str(&format!(
+                "echo 'program {}'; '{}' --ignored --nocapture --test-threads=1 --exact {} || result=1\n",
+                program.name,
+                program.path.display(),
+                share.join(" "),
+            ));
+        }
+        (!script.is_empty()).then(|| format!("result=0\n{script}exit $result\n"))
+    };
+    (0..machines).filter_map(script).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const OLD: (u32, u32) = (5, 10);
+    const NEW: (u32, u32) = (6, 18);
+
+    fn programs(tests: &[&str]) -> Vec<Program> {
+        let tests = tests.iter().map(|test| (*test).to_owned()).collect();
+        vec![Program { name: "privileged", path: "/bin/p".into(), tests }]
+    }
+
+    #[test]
+    fn each_test_that_applies_runs_on_one_machine() {
+        let programs = programs(&["a", "merged::b", "c", "d"]);
+        let all = |version| scripts(&programs, version, 2).concat();
+        for test in ["'a'", "'merged::b'", "'c'", "'d'"] {
+            assert_eq!(all(NEW).matches(test).count(), 1, "{test}");
+        }
+        assert!(!all(OLD).contains("merged"));
+        assert!(left_out(&programs, NEW).is_empty());
+        assert_eq!(left_out(&programs, OLD)[0].0, "privileged::merged::b");
+    }
+
+    #[test]
+    fn no_machine_is_without_a_test() {
+        assert_eq!(scripts(&programs(&["a"]), NEW, 3).len(), 1);
+        assert!(scripts(&programs(&[]), NEW, 3).is_empty());
+    }
+}
