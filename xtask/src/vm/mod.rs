@@ -134,8 +134,17 @@ impl VmTest {
                     None => vec![],
                 };
                 let path = kept(&build(name, &["test", "--test", name])?)?;
-                programs.push(Program::list(name, &path, &filters)?);
+                let program = Program::list(name, &path, &filters)?;
+                if self.only.is_none() && program.is_empty() {
+                    bail!("{name} has no test {filters:?}");
+                }
+                programs.push(program);
             }
+        }
+        if let Some(only) = &self.only
+            && programs.iter().all(Program::is_empty)
+        {
+            bail!("there is no test whose name contains {only:?}");
         }
         Ok(programs)
     }
@@ -158,9 +167,6 @@ impl VmTest {
                 (index, mark, script)
             };
             machines.extend(scripts.into_iter().enumerate().map(machine));
-        }
-        if machines.is_empty() {
-            bail!("there is no such test for these kernels");
         }
         let next = AtomicUsize::new(0);
         let work = || {
@@ -190,6 +196,11 @@ impl VmTest {
             let part = part?;
             if let Some(report) = reports.get_mut(index) {
                 report.add(part);
+            }
+        }
+        for (report, kernel) in reports.iter_mut().zip(kernels) {
+            for program in programs {
+                report.expect(program.name, program.applying(kernel.version));
             }
         }
         Ok(reports)

@@ -35,6 +35,16 @@ impl Program {
         Ok(Self { name, path: path.to_owned(), all, tests })
     }
 
+    /// Whether no test is asked for.
+    pub fn is_empty(&self) -> bool {
+        self.tests.is_empty()
+    }
+
+    /// The asked-for tests that apply to a kernel.
+    pub fn applying(&self, version: (u32, u32)) -> impl Iterator<Item = &String> {
+        self.tests.iter().filter(move |test| self.exception(test, version).is_none())
+    }
+
     fn exception(&self, test: &str, version: (u32, u32)) -> Option<&'static exceptions::Exception> {
         exceptions::of(self.name, version).find(|exception| test.contains(exception.test))
     }
@@ -58,8 +68,7 @@ pub fn scripts(programs: &[Program], version: (u32, u32), machines: usize) -> Ve
     let script = |machine| {
         let mut script = String::new();
         for program in programs {
-            let apply = program.tests.iter().filter(|test| program.exception(test, version).is_none());
-            let share: BTreeSet<_> = apply.skip(machine).step_by(machines).collect();
+            let share: BTreeSet<_> = program.applying(version).skip(machine).step_by(machines).collect();
             if share.is_empty() {
                 continue;
             }

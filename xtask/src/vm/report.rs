@@ -82,6 +82,16 @@ impl Report {
         self.begun = self.begun.take().or(part.begun);
     }
 
+    /// What was to run and has no outcome has failed.
+    pub fn expect<'a>(&mut self, program: &str, tests: impl Iterator<Item = &'a String>) {
+        for test in tests {
+            let name = format!("{program}::{test}");
+            if !self.outcomes.iter().any(|(ran, _)| *ran == name) {
+                self.outcomes.push((name, Outcome::Failed));
+            }
+        }
+    }
+
     /// Counts; a test whose outcome cannot be read makes a failure.
     pub fn tally(&self) -> Tally {
         let count = |wanted| {
@@ -188,6 +198,16 @@ mod tests {
         second.line("test c ... thread panicked");
         first.add(second);
         assert_eq!(first.tally(), Tally { passed: 2, failed: 1, ignored: 0 });
+    }
+
+    #[test]
+    fn a_test_that_has_not_run_is_a_failure() {
+        let mut report = Report::new("6.1");
+        report.line("program privileged");
+        report.line("test a ... ok");
+        report.expect("privileged", ["a".to_owned(), "b".to_owned()].iter());
+        assert_eq!(report.tally(), Tally { passed: 1, failed: 1, ignored: 0 });
+        assert_eq!(report.outcomes[1].0, "privileged::b");
     }
 
     #[test]
